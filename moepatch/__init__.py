@@ -1,0 +1,50 @@
+"""moepatch: make a loaded Hugging Face mixture-of-experts model fast and scalable, in place.
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model = moepatch.optimize(model)
+    print(moepatch.report(model))
+    ...
+    moepatch.restore(model)
+"""
+
+from . import builtin  # noqa: F401  (registers moepatch's own matchers and backends)
+from .api import optimize, plan, report, restore
+from .errors import (
+    BackendUnavailable,
+    CheckFailed,
+    CheckpointError,
+    LayoutError,
+    MoePatchError,
+    NothingMatched,
+    NumericMismatch,
+    PlanMismatch,
+    Problem,
+)
+from .inspection import Inspection, inspect
+from .plan import Plan
+from .registry import register_backend, register_matcher
+from .report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "CheckFailed",
+    "CheckpointError",
+    "Inspection",
+    "LayoutError",
+    "MoePatchError",
+    "NothingMatched",
+    "NumericMismatch",
+    "Plan",
+    "PlanMismatch",
+    "Problem",
+    "Report",
+    "inspect",
+    "optimize",
+    "plan",
+    "register_backend",
+    "register_matcher",
+    "report",
+    "restore",
+]

@@ -1,0 +1,207 @@
+"""The road, from top to bottom: scan → match → plan → check → apply → verify → Report; and back."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from . import plan as planning
+from .check import check_model, check_plan
+from .errors import MoePatchError, NothingMatched, PlanMismatch
+from .kinds import KINDS
+from .match.experts import implementation
+from .plan import Pattern, Plan
+from .report import Report
+from .surgery import InjectClass, Journal, Patched
+from .verify import Verified
+from .verify import verify as verify_pattern
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class _Patch:
+    """What stays with a patched model. Plain attributes, so that deepcopy and pickle follow the references to modules."""
+
+    report: Report
+    journal: Journal
+
+
+def optimize(
+    model: Model,
+    mesh: object = None,
+    *,
+    plan: Plan | None = None,
+    verify: bool = True,
+    fsdp: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+    **overrides: str,
+) -> Model:
+    """Makes a loaded mixture-of-experts model fast, in place.
+
+    Args:
+        model: as ``from_pretrained`` returns it; on any device. A model on the meta device is patched without verification.
+        mesh: None on one device.
+        plan: an edited plan from `plan(model)`; made here if None.
+        verify: try one module of each pattern against the untouched one and roll back if they differ.
+        fsdp: shard the model as well; means something only with a mesh.
+        optimizer: if given, it is checked that it does not hold parameters that are about to be patched.
+        overrides: a backend by table, for example ``experts="reference"``.
+
+    Returns:
+        The same object. `report(model)` says what was done; `restore(model)` undoes it.
+
+    Raises:
+        NothingMatched: there is no mixture of experts in the model that moepatch can serve.
+        CheckFailed: the model must not be changed as it is (wrapped, quantized, offloaded, compiled, …).
+        NumericMismatch: a patched module computed something else.
+        MoePatchError: all others that a user can cause. Whatever is raised, the model is as it was.
+
+    >>> model = moepatch.optimize(model)          # doctest: +SKIP
+    """
+    if isinstance(model, nn.Module) and _patch_of(model) is not None:
+        return _again(model)
+    seconds: dict[str, float] = {}
+    check_model(model, mesh)
+    with _timed(seconds, "plan"):
+        fresh = planning.make_plan(model)
+        chosen = _fitting(plan, fresh) if plan is not None else fresh
+        chosen = chosen.with_backends(**overrides) if overrides else chosen
+    if not any(pattern.backend for pattern in chosen.patterns):
+        raise NothingMatched(_nothing(model, chosen))
+    check_plan(model, chosen, optimizer)
+    journal = Journal()
+    try:
+        with _timed(seconds, "apply"):
+            apply(model, chosen, journal)
+        with _timed(seconds, "verify"):
+            verified = tuple(verify_pattern(model, p) for p in chosen.patterns if p.backend) if verify else ()
+    except BaseException:
+        journal.undo()
+        raise
+    model.__dict__["_moepatch_patch"] = _Patch(Report(chosen, verified, _notes(chosen, verified, verify), seconds), journal)
+    return model
+
+
+def plan(model: nn.Module, mesh: object = None, **overrides: str) -> Plan:
+    """The road up to *check*: what `optimize` would do. Changes nothing.
+
+    Raises:
+        CheckFailed, MoePatchError: as `optimize`.
+    """
+    if isinstance(model, nn.Module) and _patch_of(model) is not None:
+        return _patch_of(model).report.plan
+    check_model(model, mesh)
+    made = planning.make_plan(model, overrides)
+    check_plan(model, made, None)
+    return made
+
+
+def apply(model: nn.Module, plan: Plan, journal: Journal) -> None:
+    """Patches every site of the plan in the order of the plan; every step goes on the journal."""
+    for pattern in plan.patterns:
+        for site in pattern.sites if pattern.backend is not None else ():
+            module = model.get_submodule(site.fqn)
+            for name, (mixin, state) in KINDS[site.kind].injections(site.spec, pattern.backend, implementation(module)).items():
+                journal.do(InjectClass(module.get_submodule(name), mixin, state))
+
+
+def restore(model: Model) -> Model:
+    """Undoes `optimize`: the original classes, parameters and hooks, with the trained weights. Returns the same object.
+
+    A model that is not patched is returned as it is, with a warning.
+    """
+    patch = _patch_of(model)
+    if patch is None:
+        warnings.warn("moepatch.restore: this model is not patched; nothing to do.", stacklevel=2)
+        return model
+    patch.journal.undo()
+    del model.__dict__["_moepatch_patch"]
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What `optimize` did to a model.
+
+    Raises:
+        MoePatchError: the model is not patched.
+    """
+    patch = _patch_of(model)
+    if patch is None:
+        inner = [name for name, m in model.named_modules() if _patch_of(m) is not None]
+        where = f" {inner[0]!r} inside it is: moepatch.report(model.get_submodule({inner[0]!r}))." if inner else " Call moepatch.optimize(model) first."
+        raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
+    return patch.report
+
+
+def _patch_of(model: nn.Module) -> _Patch | None:
+    return vars(model).get("_moepatch_patch")
+
+
+def _again(model: Model) -> Model:
+    """The second `optimize` of a model changes nothing and says so."""
+    patch = _patch_of(model)
+    note = "optimize() was called again: the model is patched already, nothing was changed. Call moepatch.restore(model) first to patch it differently."
+    warnings.warn(f"moepatch: {note}", stacklevel=3)
+    if note not in patch.report.notes:
+        patch.report = replace(patch.report, notes=(*patch.report.notes, note))
+    return model
+
+
+def _fitting(given: Plan, fresh: Plan) -> Plan:
+    """A plan that was passed in, on condition that the model still is what the plan was made for."""
+    present = {site.fqn: pattern for pattern in fresh.patterns for site in pattern.sites}
+    for pattern in given.patterns:
+        for site in pattern.sites:
+            if site.fqn not in present:
+                raise PlanMismatch(f"The plan names {site.fqn!r}, which this {fresh.model_class} does not have or which was refused. Make a new plan with moepatch.plan(model).")
+            now = present[site.fqn].site
+            if (site.kind, site.spec, site.dtype) != (now.kind, now.spec, now.dtype):
+                raise PlanMismatch(f"{site.fqn}: the plan was made for {site.spec.describe()} {site.dtype}, the model has {now.spec.describe()} {now.dtype}. Make a new plan.")
+        if pattern.backend is not None:
+            replace(given, patterns=(_with_choices(pattern, present[pattern.site.fqn]),)).with_backends(**{KINDS[pattern.site.kind].backends: pattern.backend})
+    return given
+
+
+def _with_choices(pattern: Pattern, fresh: Pattern) -> Pattern:
+    """What is available is a fact of this machine, not of the one that made the plan."""
+    return replace(pattern, choices=fresh.choices)
+
+
+def _nothing(model: nn.Module, plan: Plan) -> str:
+    name = type(model).__name__
+    if any(isinstance(m, Patched) for m in model.modules()):
+        return f"{name}: its mixture of experts is patched already, through another object that shares its modules."
+    if plan.refusals:
+        listed = "\n".join(f"  - {r.fqn} ({r.class_name}): {r.reason}." for r in plan.refusals[:5])
+        more = f"\n  … and {len(plan.refusals) - 5} more" if len(plan.refusals) > 5 else ""
+        return f"{name} has a mixture of experts that moepatch cannot serve:\n{listed}{more}\nThe model is unchanged."
+    if plan.patterns:
+        return f"{name}: the plan leaves every module alone. The model is unchanged."
+    return f"{name} has no mixture of experts: none of its {sum(1 for _ in model.modules())} modules routes tokens to experts. The model is unchanged."
+
+
+def _notes(plan: Plan, verified: tuple[Verified, ...], verify: bool) -> tuple[str, ...]:
+    notes = [] if verify else ["not verified: optimize(..., verify=False)"]
+    notes += [f"{v.fqn}: {v.note}" for v in verified if v.note]
+    fallen = {c.backend: c.why_not for p in plan.patterns for c in p.choices if p.backend == "reference" and c.why_not}
+    notes += [f"the reference backend is slow; {name} cannot serve: {why}" for name, why in fallen.items()]
+    return tuple(notes)
+
+
+class _timed:
+    """Adds the seconds spent in a block to a dict."""
+
+    def __init__(self, seconds: dict[str, float], name: str):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exc):
+        self.seconds[self.name] = round(time.perf_counter() - self.start, 4)

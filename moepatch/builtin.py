@@ -1,0 +1,62 @@
+"""moepatch's own entries in the tables of `registry`: importing this module registers them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from .experts.gemm import why_not_grouped
+from .experts.parallel_linear import ParallelLinearSpec
+from .match import experts, parallel_linear, scored_block  # noqa: F401  (each registers its matcher)
+from .registry import register_backend
+
+
+def _grouped_gemm(spec, dtype, device):
+    if spec is None:
+        return why_not_grouped(dtype, (), device)
+    widths = (spec.in_features, spec.out_features) if isinstance(spec, ParallelLinearSpec) else _widths(spec)
+    return why_not_grouped(dtype, widths, device)
+
+
+def _widths(spec) -> tuple[int, ...]:
+    """Every width that becomes a stride of a GEMM operand."""
+    fused = spec.layout.gate_form in ("concatenated", "interleaved")
+    return (spec.hidden, spec.intermediate, spec.intermediate * 2 if fused else spec.intermediate)
+
+
+@register_backend("experts", "reference", rank=0, serves="a loop over the experts: any layout, any activation, slow")
+def _reference():
+    from .experts.reference import reference_experts
+
+    return reference_experts
+
+
+@register_backend("experts", "torch", rank=50, serves="torch grouped GEMM, one sort, no host sync: any layout, any activation", why_not=_grouped_gemm)
+def _torch():
+    from .experts.grouped import grouped_experts
+
+    return grouped_experts
+
+
+@register_backend("parallel_linear", "reference", rank=0, serves="a loop over the experts")
+def _reference_linear():
+    from .experts.parallel_linear import reference_linear
+
+    return reference_linear
+
+
+@register_backend("parallel_linear", "torch", rank=50, serves="torch grouped GEMM", why_not=_grouped_gemm)
+def _torch_linear():
+    from .experts.parallel_linear import grouped_linear
+
+    return grouped_linear
+
+
+#: Libraries that later versions will use, with the extra that installs each: `moepatch doctor` and `inspect` say whether they are here.
+OPTIONAL_LIBRARIES = {"quack": "quack", "te": "transformer_engine", "liger": "liger_kernel", "deep_ep": "deep_ep"}
+
+
+def why_not_optional(name: str) -> str:
+    """Why an optional library is not in use."""
+    if importlib.util.find_spec(OPTIONAL_LIBRARIES[name]) is None:
+        return f"not installed (pip install moepatch[{name.replace('_', '')}])"
+    return "installed, but this version of moepatch has no backend for it yet"

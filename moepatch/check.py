@@ -1,0 +1,121 @@
+"""Everything that forbids changing a model, found before anything is changed and raised all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .errors import CheckFailed, MoePatchError, Problem
+from .kinds import KINDS
+from .plan import Plan
+from .scan import Scan
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_model(model: object, mesh: object = None) -> None:
+    """What can be said without knowing the plan: the model's type, wrappers, quantization, offloading, compilation, the mesh.
+
+    Raises:
+        CheckFailed: with every problem found.
+        MoePatchError: `model` is not a module at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise MoePatchError(f"optimize() takes a torch.nn.Module, such as from_pretrained returns; this is a {type(model).__name__}.")
+    problems = [*_mesh(mesh), *_compiled(model), *_wrapped(model), *_quantized(model)]
+    # One kind of wrapper explains the rest: an offloaded or wrapped tree would repeat itself for every module.
+    problems += [] if problems else [*_offloaded(model)]
+    if problems:
+        raise CheckFailed(tuple(problems))
+
+
+def check_plan(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> None:
+    """What depends on the plan: shadowed forwards and an optimizer that was built too early.
+
+    Raises:
+        CheckFailed: with every problem found.
+    """
+    problems = [*_shadowed(model, plan), *_held(model, plan, optimizer)]
+    if problems:
+        raise CheckFailed(tuple(problems))
+
+
+def _mesh(mesh: object) -> Iterator[Problem]:
+    if mesh is not None:
+        yield Problem("mesh", "model", "a mesh was given, and this version of moepatch patches models on one device.", "Call optimize(model) without a mesh.")
+
+
+def _compiled(model: nn.Module) -> Iterator[Problem]:
+    hint = "Optimize the plain model first and compile the result."
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        yield Problem("compiled", "model", "it is the result of torch.compile.", hint)
+        return
+    for found in Scan(model):
+        if found.module._compiled_call_impl is not None:
+            yield Problem("compiled", found.fqn or "model", f"{type(found.module).__name__}.compile() was called on it.", hint)
+            return
+
+
+def _wrapped(model: nn.Module) -> Iterator[Problem]:
+    for found in Scan(model):
+        where, name = found.fqn or "model", type(found.module).__name__
+        if isinstance(found.module, (DistributedDataParallel, DataParallel)):
+            yield Problem("wrapped", where, f"it is wrapped in {name}.", "Optimize the inner module (model.module) and wrap the result.")
+            return
+        if isinstance(found.module, (FullyShardedDataParallel, FSDPModule)):
+            yield Problem("wrapped", where, f"it is sharded by FSDP already ({name}).", "Optimize the model before fully_shard.")
+            return
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            placed = f"a DTensor of global shape {tuple(parameter.shape)}, placed {parameter.placements}"
+            yield Problem("wrapped", name, f"it is sharded already: {placed}.", "Optimize the model before it is distributed.")
+            return
+
+
+def _quantized(model: nn.Module) -> Iterator[Problem]:
+    hint = "Load it with its weights dequantized (for example dtype=torch.bfloat16 with dequantize=True in the quantization config)."
+    for name, tensor in model.named_parameters():
+        if tensor.dtype not in _FLOATS:
+            yield Problem("quantized", name, f"its weights are {tensor.dtype} of shape {tuple(tensor.shape)}, which cannot be trained.", hint)
+            return
+        if type(tensor) not in (nn.Parameter, nn.UninitializedParameter, torch.Tensor, DTensor):
+            yield Problem("quantized", name, f"its weights are a {type(tensor).__name__}, not a plain parameter.", hint)
+            return
+    if getattr(model, "hf_quantizer", None) is not None:
+        yield Problem("quantized", "model", f"it was loaded by {type(model.hf_quantizer).__name__}.", hint)
+
+
+def _offloaded(model: nn.Module) -> Iterator[Problem]:
+    hint = "Load it whole on one device (no device_map), or remove the hooks with accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+    for found in Scan(model):
+        if "_hf_hook" in vars(found.module):
+            hook = type(found.module._hf_hook).__name__
+            yield Problem("offloaded", found.fqn or "model", f"accelerate moves its weights in and out of its forward ({hook}).", hint)
+            return
+
+
+def _shadowed(model: nn.Module, plan: Plan) -> Iterator[Problem]:
+    """An instance's own ``forward`` would hide the patched class."""
+    for pattern in plan.patterns:
+        for site in pattern.sites:
+            for name in KINDS[site.kind].injections(site.spec, "", None):
+                fqn = ".".join(filter(None, (site.fqn, name)))
+                if "forward" in vars(model.get_submodule(fqn)):
+                    text = "something has replaced its forward on the instance, and would go on hiding the patched one."
+                    yield Problem("wrapped", fqn, text, "Undo that first (Liger instance patches, expert parallelism of transformers, accelerate hooks).")
+
+
+def _held(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> Iterator[Problem]:
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    sites = [site.fqn for pattern in plan.patterns for site in pattern.sites]
+    caught = [f"{fqn}.{name}" for fqn in sites for name, p in model.get_submodule(fqn).named_parameters() if id(p) in held]
+    if caught:
+        text = f"the {type(optimizer).__name__} that was passed in holds {len(caught)} of the parameters to be patched ({caught[0]}, …)."
+        yield Problem("optimizer", "model", text, "Build the optimizer after optimize(), from the patched model's parameters.")

@@ -1,0 +1,90 @@
+"""The patched experts module: HF's call, moepatch's computation."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import backend
+from ..surgery import Patched, original_class
+from .spec import ExpertsSpec, ExpertWeights
+
+
+@dataclass(frozen=True)
+class ExpertsState:
+    """What a patched experts module needs to know: a value, so that pickle and deepcopy carry it.
+
+    Attributes:
+        spec: what the module computes.
+        backend: the name of the compute backend.
+        implementation: ``config._experts_implementation`` at the time of the patch; None for families that do not have it.
+    """
+
+    spec: ExpertsSpec
+    backend: str
+    implementation: str | None
+
+    def __str__(self) -> str:
+        return f"{self.spec.describe()}, backend={self.backend}"
+
+
+class PatchedExperts(Patched):
+    """Computes ``experts(hidden_states, top_k_index, top_k_weights)`` with a backend.
+
+    Args of the call:
+        hidden_states: tokens ``[..., H]``.
+        top_k_index: their experts ``[T, K]``; an id outside ``0 … E+Z-1`` means none.
+        top_k_weights: routing weights ``[T, K]``, of any floating dtype.
+
+    Returns:
+        Tokens of the shape and dtype of `hidden_states`.
+    """
+
+    _moepatch: ExpertsState
+
+    def forward(self, *args, **kwargs):
+        if _stands_aside(self):
+            return super().forward(*args, **kwargs)
+        if kwargs:
+            args = inspect.signature(original_class(self).forward).bind(self, *args, **kwargs).args[1:]
+        hidden_states, topk_ids, topk_weights = args
+        spec = self._moepatch.spec
+        x_TH = hidden_states.flatten(0, -2)
+        topk_ids_TK, topk_weights_TK = topk_ids.flatten(0, -2), topk_weights.flatten(0, -2)
+        weights = ExpertWeights(self, spec, own_gate(self, spec), _compute_dtype(self, spec, x_TH.device))
+        compute = backend("experts", self._moepatch.backend).load()
+        y_TH = compute(x_TH.to(weights.dtype), topk_ids_TK, topk_weights_TK, weights).to(hidden_states.dtype)
+        if spec.identity_experts:
+            y_TH = y_TH + _identity(x_TH, topk_ids_TK, topk_weights_TK, spec)
+        return y_TH.view(hidden_states.shape)
+
+
+def own_gate(module: nn.Module, spec: ExpertsSpec):
+    """The family's own activation as a function of the pre-activation; None where moepatch writes it out."""
+    if not spec.activation.is_own:
+        return None
+    return module.act_fn if spec.layout.gate_form == "none" else module._apply_gate
+
+
+def _stands_aside(module: nn.Module) -> bool:
+    """True if the user has chosen another implementation with ``set_experts_implementation`` since the patch."""
+    recorded = module._moepatch.implementation
+    return recorded is not None and module.config._experts_implementation != recorded
+
+
+def _compute_dtype(module: nn.Module, spec: ExpertsSpec, device: torch.device) -> torch.dtype:
+    """The dtype of the GEMMs: autocast's where it is on, as for ``nn.Linear``, else that of the weights."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return spec.layout.down.parameters(module)[0].dtype
+
+
+def _identity(x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, spec: ExpertsSpec) -> Tensor:
+    """What the identity experts add: each token times the sum of their weights."""
+    total = spec.num_experts + spec.identity_experts
+    chosen_TK = (topk_ids_TK >= spec.num_experts) & (topk_ids_TK < total)
+    weight_T1 = (topk_weights_TK * chosen_TK).sum(-1, keepdim=True)
+    return (x_TH * weight_T1).to(x_TH.dtype)

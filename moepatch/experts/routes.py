@@ -1,0 +1,119 @@
+"""Sorting tokens by expert and back: *permute* and *unpermute* of one rank, pure data movement with exact gradients.
+
+T tokens, K experts per token, R = T*K routed rows, E experts. An id outside ``0 … E-1`` is a *sentinel*: the token has no
+expert in that slot. Sentinel rows are sorted behind all others, past the last offset, where no GEMM reads or writes them, so
+whatever memory holds there never reaches a result.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routes(NamedTuple):
+    """Who goes where. Made once per layer and call by one sort; nothing here waits for the device.
+
+    Attributes:
+        order_R: for each sorted row, its slot ``t*K + k`` in the router's choice.
+        row_R: the inverse: for each slot, its sorted row.
+        offs_E: int32, the end of each expert's rows: expert e owns rows ``offs[e-1] … offs[e]-1``.
+        expert_R: for each sorted row its expert, E for a sentinel.
+        top_k: K.
+    """
+
+    order_R: Tensor
+    row_R: Tensor
+    offs_E: Tensor
+    expert_R: Tensor
+    top_k: int
+
+    @property
+    def token_R(self) -> Tensor:
+        """For each sorted row, its token."""
+        return torch.div(self.order_R, self.top_k, rounding_mode="floor")
+
+
+def sort_routes(topk_ids_TK: Tensor, num_experts: int) -> Routes:
+    """Sorts the router's choice by expert.
+
+    Args:
+        topk_ids_TK: integer ids ``[T, K]``; any id outside ``0 … num_experts-1`` means "no expert". Duplicates are allowed.
+        num_experts: E.
+
+    The sort is stable, so that a recomputation (activation checkpointing) sees the same order.
+    """
+    ids_R = topk_ids_TK.reshape(-1)
+    ids_R = torch.where((ids_R < 0) | (ids_R > num_experts), num_experts, ids_R)
+    expert_R, order_R = torch.sort(ids_R, stable=True)
+    edges_E = torch.arange(num_experts, device=ids_R.device, dtype=ids_R.dtype)
+    offs_E = torch.searchsorted(expert_R, edges_E, right=True).to(torch.int32)
+    row_R = torch.empty_like(order_R)
+    row_R[order_R] = torch.arange(order_R.numel(), device=order_R.device, dtype=order_R.dtype)
+    return Routes(order_R, row_R, offs_E, expert_R, topk_ids_TK.shape[-1])
+
+
+def gather_rows(x_TH: Tensor, routes: Routes) -> Tensor:
+    """``x_RH``: each routed row's token. Not recorded by autograd: callers own the backward."""
+    return x_TH.index_select(0, routes.token_R)
+
+
+def sum_rows(x_RH: Tensor, routes: Routes) -> Tensor:
+    """``y_TH``: for each token the sum of its rows, sentinels left out; accumulated in fp32 and rounded once."""
+    routed_RH = x_RH.index_select(0, routes.row_R)
+    # The number of rows with an expert is compared on the device: reading its value here would wait for it.
+    routed_RH.masked_fill_((routes.row_R >= routes.offs_E[-1]).unsqueeze(-1), 0)
+    tokens = x_RH.shape[0] // routes.top_k
+    return routed_RH.view(tokens, routes.top_k, x_RH.shape[1]).sum(dim=1)
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RH, *routes):
+        *tensors, ctx.top_k = routes
+        ctx.save_for_backward(*tensors)
+        return sum_rows(x_RH, Routes(*routes))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_TH):
+        # Sentinel rows get their token's gradient too; no GEMM reads them, and sum_rows masks what becomes of them.
+        routes = Routes(*ctx.saved_tensors, ctx.top_k)
+        return gather_rows(grad_TH, routes), *(None for _ in routes)
+
+
+class _PermuteWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights_TK, *routes):
+        *tensors, ctx.top_k = routes
+        ctx.save_for_backward(*tensors)
+        routes = Routes(*routes)
+        return weights_TK.reshape(-1).index_select(0, routes.order_R).masked_fill_(_sentinels(routes), 0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_R):
+        routes = Routes(*ctx.saved_tensors, ctx.top_k)
+        grad_R = grad_R.masked_fill(_sentinels(routes), 0)
+        return grad_R.index_select(0, routes.row_R).view(-1, routes.top_k), *(None for _ in routes)
+
+
+def permute_weights(weights_TK: Tensor, routes: Routes) -> Tensor:
+    """Routing weights ``[T, K] -> [R]`` in sorted order, 0 for sentinels; differentiable."""
+    return _PermuteWeights.apply(weights_TK, *routes)
+
+
+def unpermute(x_RH: Tensor, routes: Routes) -> Tensor:
+    """Rows ``[R, H]`` summed back to tokens ``[T, H]``; differentiable. The inverse of the permutation when K is 1."""
+    return _Unpermute.apply(x_RH, *routes)
+
+
+def zero_sentinels(x_RH: Tensor, routes: Routes) -> Tensor:
+    """Rows with the undefined ones of sentinels set to 0, for whoever is about to read all rows; differentiable."""
+    return x_RH.masked_fill(_sentinels(routes).unsqueeze(-1), 0)
+
+
+def _sentinels(routes: Routes) -> Tensor:
+    return routes.expert_R >= routes.offs_E.numel()

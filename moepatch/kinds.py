@@ -1,0 +1,89 @@
+"""The kinds of modules that moepatch patches: for each, what is injected where, and how a module of it is tried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .experts.module import ExpertsState, PatchedExperts
+from .experts.parallel_linear import ParallelLinearState, PatchedParallelLinear
+from .experts.scored_block import BlockState, PatchedScoredBlock
+from .surgery import Patched
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to patch and try one kind of module.
+
+    Attributes:
+        name: as in `Site.kind`.
+        pattern: the prefix of its pattern's name in tables.
+        backends: which table of backends serves it.
+        injections: from (spec, backend, implementation) to mixin and state, for the module itself (key ``""``) and for submodules by
+            relative name. `implementation` is what transformers' own switch said at the time of the patch.
+        computes: from the spec to the part of it that the backend computes.
+        trial: random positional arguments for one call, from (spec, dtype, device, generator). Floating arguments get gradients.
+    """
+
+    name: str
+    pattern: str
+    backends: str
+    injections: Callable[[Any, str, str | None], Mapping[str, tuple[type[Patched], object]]]
+    computes: Callable[[Any], Any]
+    trial: Callable[[Any, torch.dtype, torch.device, torch.Generator], tuple]
+
+
+_TRIAL_TOKENS = 24
+
+
+def _random(shape, dtype, device, generator) -> Tensor:
+    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+
+def _trial_experts(spec, dtype, device, generator):
+    """Tokens, distinct experts for each of them and positive routing weights in fp32 (which every family accepts)."""
+    ids = spec.num_experts + spec.identity_experts
+    top_k = min(2, ids)
+    topk_ids_TK = torch.stack([torch.randperm(ids, generator=generator)[:top_k] for _ in range(_TRIAL_TOKENS)]).to(device)
+    topk_weights_TK = torch.rand(_TRIAL_TOKENS, top_k, generator=generator).add_(0.1).to(device)
+    return _random((_TRIAL_TOKENS, spec.hidden), dtype, device, generator), topk_ids_TK, topk_weights_TK
+
+
+def _trial_block(spec, dtype, device, generator):
+    return (_random((_TRIAL_TOKENS, spec.experts.hidden), dtype, device, generator),)
+
+
+def _trial_parallel_linear(spec, dtype, device, generator):
+    """Rows sorted by expert and the count of each expert's rows, some of them 0."""
+    counts = torch.randint(0, 3, (spec.num_experts,), generator=generator)
+    counts[0] += 1
+    return _random((int(counts.sum()), spec.in_features), dtype, device, generator), counts.tolist()
+
+
+def _inject_experts(spec, backend, implementation):
+    return {"": (PatchedExperts, ExpertsState(spec, backend, implementation))}
+
+
+def _inject_block(spec, backend, implementation):
+    return {
+        "": (PatchedScoredBlock, BlockState(spec)),
+        spec.experts_name: (PatchedExperts, ExpertsState(spec.experts, backend, implementation)),
+    }
+
+
+def _inject_parallel_linear(spec, backend, implementation):
+    return {"": (PatchedParallelLinear, ParallelLinearState(spec, backend))}
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("experts", "experts", "experts", _inject_experts, lambda spec: spec, _trial_experts),
+        Kind("scored_block", "experts.scored", "experts", _inject_block, lambda spec: spec.experts, _trial_block),
+        Kind("parallel_linear", "experts.linear", "parallel_linear", _inject_parallel_linear, lambda spec: spec, _trial_parallel_linear),
+    )
+}

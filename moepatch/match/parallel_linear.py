@@ -1,0 +1,31 @@
+"""Recognises a linear layer per expert: one parameter ``[E, out, in]``, called with sorted rows and the count of each expert's rows."""
+
+from __future__ import annotations
+
+from ..experts.parallel_linear import ParallelLinearSpec
+from ..registry import register_matcher
+from ..replica import size_map
+from ..scan import Found, Scan
+from ..site import Refusal, Site
+from .experts import make_site, refusal, takes
+from .probe import fingerprint, misfit
+
+
+@register_matcher("parallel_linear", priority=80)
+def match_parallel_linear(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None:
+    """See the module's docstring."""
+    module = found.module
+    named = dict(module.named_parameters())
+    if len(named) != 1 or not takes(module, 2):
+        return None
+    ((name, parameter),) = named.items()
+    if parameter.ndim != 3 or parameter.shape[0] < 2 or "." in name:
+        return None
+    experts, wide, narrow = parameter.shape
+    spec = ParallelLinearSpec(num_experts=experts, in_features=narrow, out_features=wide, weight=name)
+    key = ("parallel_linear", fingerprint(module))
+    if key not in memo:
+        memo[key] = misfit(module, "parallel_linear", spec, size_map(num_experts=experts, hidden=narrow, intermediate=wide))
+    if memo[key] is not None:
+        return refusal(found, f"it does not compute one product per expert: {memo[key]}")
+    return make_site(found, "parallel_linear", spec, (name,))

@@ -1,0 +1,94 @@
+"""Finding out what a module computes by trying it: on a scale model for whole modules, on a grid of numbers for activations.
+
+Nothing here reads weights, so a model on the meta device is matched just like a loaded one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .. import trial
+from ..experts.activation import FORMULAS, Activation, split_gate
+from ..kinds import KINDS
+from ..layout.experts import ExpertsLayout
+from ..replica import random_fill, replica
+
+
+def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | None:
+    """None if `spec` computes what `module` does, else how the two differ.
+
+    A scale model of the module (random weights, CPU, fp32) runs forward and backward in its family's own code and as a patched twin on the
+    `reference` backend; outputs and all gradients have to agree.
+    """
+    generator = torch.Generator().manual_seed(0)
+    original = replica(module, sizes, random_fill(generator))
+    twin = replica(original, {}, lambda tensor, shape: tensor.detach().clone())
+    scaled = spec.resized(sizes)
+    trial.inject(twin, KINDS[kind].injections(scaled, "reference", None))
+    args = KINDS[kind].trial(scaled, torch.float32, torch.device("cpu"), generator)
+    try:
+        theirs = trial.run(original, args, eager=True)
+        ours = trial.run(twin, args)
+    except Exception as error:  # a family's code may fail in any way on a layout that is not its own
+        return f"a scale model of it cannot be run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    worst = max(trial.differences(theirs, ours), key=lambda d: math.inf if math.isnan(d.ours) else d.ours)
+    return None if worst.ok else f"{worst.what} differs by {worst.ours:.1e} relative"
+
+
+def recognise(gate: Callable[[Tensor], Tensor], layout: ExpertsLayout, numbers: list[float]) -> Activation | None:
+    """Which written-out activation a family's own function computes, or None.
+
+    Args:
+        gate: the family's function of a pre-activation in its own form.
+        layout: tells that form.
+        numbers: values that may be parameters of the formula (limits, slopes).
+    """
+    reach = max(30.0, *(2 * abs(n) for n in numbers if abs(n) < 1e3)) if numbers else 30.0
+    generator = torch.Generator().manual_seed(0)
+    line = torch.linspace(-reach, reach, 241)
+    pairs = torch.cat([torch.randn(256, 2, generator=generator) * 3, torch.cartesian_prod(line[::8], line[::8]), torch.stack([line, line.flip(0)], -1)])
+    gated = layout.gate_form != "none"
+    # [R, 2] is a canonical pre-activation of width I = 1; without a gate only the first column is used.
+    pre = pairs if gated else pairs[:, :1]
+    try:
+        with torch.no_grad():
+            wanted = gate(layout.to_family(pre))
+    except Exception:  # whatever it is, it is not a function of the pre-activation alone
+        return None
+    first, second = split_gate((pre,), "concatenated" if gated else "none")
+    for activation in candidates(gated, numbers):
+        got = activation.forward(first, second)
+        if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-5, atol=1e-6):
+            return activation
+    return None
+
+
+def candidates(gated: bool, numbers: list[float]) -> Iterator[Activation]:
+    """Every written-out activation, with every way to fill its parameters from `numbers`."""
+    for name, formula in FORMULAS.items():
+        if formula.gated == gated:
+            for chosen in itertools.permutations(numbers, len(formula.numbers)):
+                yield Activation(name, chosen)
+
+
+def finite_numbers(module: nn.Module) -> list[float]:
+    """The finite floats among the plain attributes of a module and its children, each once."""
+    values = [v for part in module.modules() for v in vars(part).values() if type(v) is float and math.isfinite(v)]
+    return list(dict.fromkeys(values))
+
+
+def fingerprint(module: nn.Module) -> tuple:
+    """Equal for modules that behave equally but for their weights: class, plain attributes, shapes, children."""
+    plain = tuple((k, v if isinstance(v, (int, float, str, bool)) else repr(v)) for k, v in sorted(vars(module).items()) if _is_plain(v))
+    shapes = tuple((name, None if p is None else tuple(p.shape)) for name, p in module._parameters.items())
+    children = tuple((name, None if child is None else fingerprint(child)) for name, child in module._modules.items())
+    return type(module), plain, shapes, children
+
+
+def _is_plain(value) -> bool:
+    return isinstance(value, (int, float, str, bool)) or (callable(value) and not isinstance(value, nn.Module))

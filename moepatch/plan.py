@@ -1,0 +1,223 @@
+"""The plan: which modules get which backend, and why. A value that prints, becomes JSON, can be edited and passed back in."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import registry
+from .errors import BackendUnavailable, PlanMismatch
+from .kinds import KINDS
+from .match.suspects import suspects
+from .scan import Scan
+from .site import Refusal, Site
+
+SCHEMA_VERSION = 1
+
+#: What may be chosen with ``optimize(model, experts="reference")``: a table of backends by name.
+OVERRIDES = ("experts", "parallel_linear")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One backend as seen from one pattern: available, or why not."""
+
+    backend: str
+    why_not: str | None
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """All sites that compute the same thing, and what they will get.
+
+    Attributes:
+        sites: equal but for their names.
+        backend: the chosen one, or None to leave these modules alone.
+        why: the reason for the choice.
+        choices: every backend of the table with its availability.
+    """
+
+    sites: tuple[Site, ...]
+    backend: str | None
+    why: str
+    choices: tuple[Choice, ...]
+
+    @property
+    def site(self) -> Site:
+        """The first site, which stands for all."""
+        return self.sites[0]
+
+    @property
+    def name(self) -> str:
+        """Kind and layout, for tables."""
+        return f"{KINDS[self.site.kind].pattern}: {self.site.spec.to_dict()['layout']}"
+
+    @property
+    def fqns(self) -> tuple[str, ...]:
+        """The names of all modules of the pattern, shared ones once."""
+        return tuple(site.fqn for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        site = self.site
+        return {
+            "pattern": self.name,
+            "kind": site.kind,
+            "count": len(self.sites),
+            "class": site.class_name,
+            "spec": site.spec.to_dict(),
+            "dtype": site.dtype,
+            "device": site.device,
+            "now": site.now,
+            "planned": self.backend,
+            "why": self.why,
+            "choices": {c.backend: c.why_not or "available" for c in self.choices},
+            "fqns": list(self.fqns),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `optimize` would do to one model.
+
+    Attributes:
+        model_class: the model's class name.
+        patterns: what is patched.
+        refusals: what looks like MoE and is left alone, with reasons.
+
+    >>> print(moepatch.plan(model))                                    # doctest: +SKIP
+    >>> moepatch.optimize(model, plan=moepatch.plan(model).without("model.layers.0.mlp.experts"))   # doctest: +SKIP
+    """
+
+    model_class: str
+    patterns: tuple[Pattern, ...]
+    refusals: tuple[Refusal, ...]
+
+    def without(self, *fqns: str) -> Plan:
+        """The plan with these modules left alone.
+
+        Raises:
+            PlanMismatch: a name that no pattern has.
+        """
+        known = [fqn for pattern in self.patterns for site in pattern.sites for fqn in site.fqns]
+        for fqn in fqns:
+            if fqn not in known:
+                raise PlanMismatch(f"The plan has no module named {fqn!r}.{_suggest(fqn, known)}")
+        kept = (replace(p, sites=tuple(s for s in p.sites if not set(s.fqns) & set(fqns))) for p in self.patterns)
+        return replace(self, patterns=tuple(p for p in kept if p.sites))
+
+    def with_backends(self, **tables: str) -> Plan:
+        """The plan with the backend of every pattern of a table chosen by name, for example ``experts="reference"``.
+
+        Raises:
+            BackendUnavailable: it does not exist, or cannot serve; the message says why.
+            PlanMismatch: there is no such table.
+        """
+        for table in tables:
+            if table not in OVERRIDES:
+                raise PlanMismatch(f"optimize() has no option {table!r}.{_suggest(table, OVERRIDES)} Options are: {', '.join(OVERRIDES)}.")
+        patterns = []
+        for pattern in self.patterns:
+            table = KINDS[pattern.site.kind].backends
+            if table in tables:
+                registry.backend(table, tables[table])
+                why_not = next(c.why_not for c in pattern.choices if c.backend == tables[table])
+                if why_not is not None:
+                    raise BackendUnavailable(f"{pattern.site.fqn}: the backend {tables[table]!r} cannot serve {pattern.site.spec.describe()}: {why_not}.")
+                pattern = replace(pattern, backend=tables[table], why="chosen by the caller")
+            patterns.append(pattern)
+        return replace(self, patterns=tuple(patterns))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `from_json` reads what this writes."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model_class": self.model_class,
+            "patterns": [p.to_dict() for p in self.patterns],
+            "refusals": [r.to_dict() for r in self.refusals],
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON text. Edit ``planned`` (a backend's name, or null to leave modules alone) or ``fqns`` and read it back."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def edited(self, text: str) -> Plan:
+        """This plan with the choices of an edited JSON text.
+
+        Raises:
+            PlanMismatch: the text names modules or patterns that this plan does not have.
+        """
+        data = json.loads(text)
+        by_fqn = {fqn: entry["planned"] for entry in data["patterns"] for fqn in entry["fqns"]}
+        known = [fqn for pattern in self.patterns for fqn in pattern.fqns]
+        for fqn in by_fqn:
+            if fqn not in known:
+                raise PlanMismatch(f"The edited plan names {fqn!r}, which this model's plan does not have.{_suggest(fqn, known)}")
+        patterns = []
+        for pattern in self.patterns:
+            for backend in dict.fromkeys(by_fqn[fqn] for fqn in pattern.fqns if by_fqn.get(fqn) is not None):
+                sites = tuple(s for s in pattern.sites if by_fqn.get(s.fqn) == backend)
+                chosen = replace(pattern, sites=sites)
+                if backend != pattern.backend:
+                    table = KINDS[pattern.site.kind].backends
+                    (chosen,) = replace(self, patterns=(chosen,)).with_backends(**{table: backend}).patterns
+                patterns.append(chosen)
+        return replace(self, patterns=tuple(patterns))
+
+    def __str__(self) -> str:
+        from .render.terminal import text_of_plan
+
+        return text_of_plan(self)
+
+
+def make_plan(model: nn.Module, overrides: Mapping[str, str] | None = None) -> Plan:
+    """Scans and matches `model` and chooses a backend for every pattern. Changes nothing."""
+    sites, refusals = match(Scan(model))
+    groups: dict[tuple, list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.kind, site.spec, site.class_name, site.now, site.dtype, site.device), []).append(site)
+    plan = Plan(type(model).__name__, tuple(_choose(tuple(group)) for group in groups.values()), tuple(refusals))
+    return plan.with_backends(**overrides) if overrides else plan
+
+
+def match(scan: Scan) -> tuple[list[Site], list[Refusal]]:
+    """Asks the matchers about every module. Modules inside a site belong to it and are not asked about."""
+    ordered, memo = registry.matchers(), {}
+    answers: dict[int, Site | Refusal] = {}
+    inside: set[int] = set()
+    for matcher in ordered:
+        for found in scan:
+            if id(found.module) in inside or any(id(m) in answers for m in found.module.modules()):
+                continue
+            answer = matcher.match(found, scan, memo)
+            if answer is not None:
+                answers[id(found.module)] = answer
+                inside |= {id(m) for m in found.module.modules()}
+    in_order = [answers[id(found.module)] for found in scan if id(found.module) in answers]
+    sites = [a for a in in_order if isinstance(a, Site)]
+    refusals = [a for a in in_order if isinstance(a, Refusal)]
+    return sites, refusals + suspects(scan, set(answers))
+
+
+def _choose(sites: tuple[Site, ...]) -> Pattern:
+    site, kind = sites[0], KINDS[sites[0].kind]
+    dtype, device = getattr(torch, site.dtype), torch.device(site.device)
+    # A model on the meta device will run somewhere else: the question is then what this machine could do.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device.type == "meta" else device
+    choices = tuple(Choice(b.name, b.why_not(kind.computes(site.spec), dtype, device)) for b in registry.backends(kind.backends))
+    best = next((c for c in choices if c.why_not is None), None)
+    if best is None:
+        return Pattern(sites, None, "no backend can serve it: " + "; ".join(f"{c.backend}: {c.why_not}" for c in choices), choices)
+    passed = [f"{c.backend}: {c.why_not}" for c in choices[: choices.index(best)]]
+    return Pattern(sites, best.backend, "; ".join(["ok"] if not passed else ["fallback", *passed]), choices)
+
+
+def _suggest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,91 @@
+"""Copies of one module at other sizes or with other weights, to try something out without touching the model.
+
+A replica shares the code and the plain attributes of its original, but has its own parameters and buffers, no hooks, and the class that
+the module had before any patch. Sizes are translated by value: every axis of a parameter and every integer attribute that equals a known
+size of the module (experts, widths, and products of them) becomes the new size. Sizes that coincide stay equal, so the translation is a
+function and a replica is never ambiguous.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .surgery import original_class
+
+#: Widths of scale models: different from each other, and aligned for every kernel in fp32.
+SCALE_HIDDEN, SCALE_INTERMEDIATE = 16, 12
+
+
+def replica(module: nn.Module, sizes: Mapping[int, int], fill: Callable[[Tensor, tuple[int, ...]], Tensor]) -> nn.Module:
+    """A copy of `module`.
+
+    Args:
+        module: the original; not changed.
+        sizes: from old to new sizes, see `size_map`. Empty: the same sizes.
+        fill: makes the data of a parameter or buffer from the original tensor and the new shape.
+    """
+    copy = object.__new__(original_class(module))
+    copy.__dict__.update({key: sizes.get(value, value) if type(value) is int else value for key, value in module.__dict__.items()})
+    copy.__dict__.pop("_moepatch", None)
+    for hooks in [name for name, value in copy.__dict__.items() if "_hooks" in name and isinstance(value, dict)]:
+        copy.__dict__[hooks] = OrderedDict()
+
+    def remade(tensor: Tensor) -> Tensor:
+        return fill(tensor, tuple(sizes.get(n, n) for n in tensor.shape))
+
+    copy._parameters = {
+        name: None if p is None else nn.Parameter(remade(p), requires_grad=p.is_floating_point()) for name, p in module._parameters.items()
+    }
+    copy._buffers = {name: None if b is None else remade(b) for name, b in module._buffers.items()}
+    copy._modules = {name: None if child is None else replica(child, sizes, fill) for name, child in module._modules.items()}
+    return copy
+
+
+def size_map(*, num_experts: int, hidden: int, intermediate: int, at_least: int = 6) -> dict[int, int]:
+    """Sizes of a scale model: few experts (`at_least`, if there are so many), narrow widths, and their products (2I, E·I).
+
+    Widths that are equal, or one twice the other, stay so. Where the number of experts coincides with a width, a size has two meanings and
+    nothing is scaled: that happens only in models that are tiny already.
+    """
+    if num_experts in (hidden, intermediate, 2 * intermediate) or num_experts * intermediate == hidden:
+        return {}
+    experts, wide, narrow = min(num_experts, at_least), SCALE_HIDDEN, SCALE_INTERMEDIATE
+    if hidden == intermediate:
+        wide = narrow
+    elif hidden == 2 * intermediate:
+        wide = 2 * narrow
+    elif intermediate == 2 * hidden:
+        narrow = 2 * wide
+    return {
+        num_experts * intermediate: experts * narrow,
+        2 * intermediate: 2 * narrow,
+        intermediate: narrow,
+        hidden: wide,
+        num_experts: experts,
+    }
+
+
+def random_fill(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+    """Fills with random numbers on the CPU: matrices of a scale that keeps activations near 1, vectors (norms) around 1."""
+
+    def fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if not tensor.is_floating_point():
+            return torch.zeros(shape, dtype=tensor.dtype)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+        return (1 + 0.1 * noise if len(shape) == 1 else 0.3 * noise).to(dtype)
+
+    return fill
+
+
+def slice_fill(dtype: torch.dtype) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+    """Fills with the leading slice of the original's own numbers, on its device, in `dtype` (integers keep theirs)."""
+
+    def fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        part = tensor.detach()[tuple(slice(n) for n in shape)]
+        return part.to(dtype, copy=True) if part.is_floating_point() else part.clone()
+
+    return fill

@@ -1,0 +1,52 @@
+"""What was done to a model: kept on the model, printed as text or HTML, read as a dict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .plan import SCHEMA_VERSION, Plan
+from .verify import Verified
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `optimize`.
+
+    Attributes:
+        plan: what was patched, with what, and what was refused and why.
+        verified: one entry per pattern; empty with ``verify=False``.
+        notes: what else the user should know.
+        seconds: how long each step of the road took.
+    """
+
+    plan: Plan
+    verified: tuple[Verified, ...]
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+
+    @property
+    def patched(self) -> int:
+        """How many modules are patched."""
+        return sum(len(p.sites) for p in self.plan.patterns if p.backend is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "patched": self.patched,
+            **{k: v for k, v in self.plan.to_dict().items() if k != "schema_version"},
+            "verified": [v.to_dict() for v in self.verified],
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        from .render.terminal import text_of_report
+
+        return text_of_report(self)
+
+    def _repr_html_(self) -> str:
+        from .render.html import html_of_report
+
+        return html_of_report(self)

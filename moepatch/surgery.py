@@ -1,0 +1,90 @@
+"""Changing a model step by step, with the way back written down first.
+
+The module object stays: a patch swaps its class for a subclass made of a mixin and the class it had. Parents, hooks, ``isinstance``,
+output recorders and shared references go on working, and undoing it is putting the class back.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+class Patched:
+    """Base of every mixin: finds the class underneath, prints what was done, and pickles.
+
+    The instance attribute ``_moepatch`` holds the patch's state, a plain value without modules or tensors.
+    """
+
+    _moepatch: Any
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"[moepatch: {self._moepatch}]"]
+        return ", ".join(part for part in parts if part)
+
+    def __reduce_ex__(self, protocol):
+        # The class was made at run time and cannot be found by name: rebuild it from the two that can.
+        mixin, base = type(self)._moepatch_parts
+        return _rebuild, (mixin, base), self.__dict__.copy()
+
+
+def _rebuild(mixin: type, base: type) -> nn.Module:
+    cls = patched_class(mixin, base)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def patched_class(mixin: type[Patched], base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` whose behaviour `mixin` overrides; one class for each pair."""
+    name = f"Patched{base.__name__}"
+    return type(name, (mixin, base), {"__module__": base.__module__, "__qualname__": name, "__doc__": base.__doc__, "_moepatch_parts": (mixin, base)})
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was patched, or its class."""
+    return type(module)._moepatch_parts[1] if isinstance(module, Patched) else type(module)
+
+
+@dataclass
+class InjectClass:
+    """The step that turns a module into a patched one.
+
+    Attributes:
+        module: the module.
+        mixin: what to put over its class.
+        state: becomes ``module._moepatch``.
+    """
+
+    module: nn.Module
+    mixin: type[Patched]
+    state: Any
+
+    def do(self) -> None:
+        """Patches."""
+        self.module._moepatch = self.state
+        self.module.__class__ = patched_class(self.mixin, type(self.module))
+
+    def undo(self) -> None:
+        """Puts the class back. Parameters, buffers, hooks and flags were never touched."""
+        self.module.__class__ = original_class(self.module)
+        del self.module._moepatch
+
+
+class Journal:
+    """Steps that were done, so that they can be undone in reverse order."""
+
+    def __init__(self):
+        self.steps: list[InjectClass] = []
+
+    def do(self, step: InjectClass) -> None:
+        """Does a step and remembers it. A step that fails half-way is undone by the step itself or did nothing yet."""
+        step.do()
+        self.steps.append(step)
+
+    def undo(self) -> None:
+        """Undoes everything, last step first."""
+        while self.steps:
+            self.steps.pop().undo()

@@ -1,0 +1,95 @@
+"""Trying a module and its patched twin on the same random input, forward and backward, and measuring how far they are apart."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .surgery import InjectClass, Patched
+
+#: The largest relative error in fp32, of outputs and of every gradient.
+FP32_LIMIT = 1e-5
+#: In low precision: how much worse than the family's own code we may be, both against fp32.
+LOW_PRECISION_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one tensor of a trial compares.
+
+    Attributes:
+        what: ``output``, ``grad input 0``, ``grad gate_up_proj``, …
+        ours: relative error of the patched module, ``|ours - reference| / |reference|`` in the Frobenius norm.
+        theirs: the same for the family's own code in the same precision; None in fp32, where it is the reference.
+        limit: what `ours` must not exceed.
+    """
+
+    what: str
+    ours: float
+    theirs: float | None
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        """False also if the error is not a number."""
+        return self.ours <= self.limit
+
+
+def run(module: nn.Module, args: tuple, *, eager: bool = False, seed: int = 0) -> dict[str, Tensor]:
+    """One call and its backward pass.
+
+    Args:
+        module: called with `args`; its parameters' gradients are read.
+        args: positional; floating tensors get gradients.
+        eager: call the class's innermost forward, underneath decorators that dispatch elsewhere.
+        seed: of the random cotangent.
+
+    Returns:
+        Every output and every gradient by name, on the CPU in fp32 or wider. A gradient that autograd leaves out is 0.
+    """
+    args = tuple(a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        forward = inspect.unwrap(type(module).forward).__get__(module) if eager else module.forward
+        outputs = forward(*args)
+        outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(o, Tensor) and o.requires_grad]
+        generator = torch.Generator().manual_seed(seed)
+        loss = sum((o * torch.randn(o.shape, generator=generator).to(o)).sum() for o in outputs)
+        leaves = {f"grad input {i}": a for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()}
+        leaves |= {f"grad {name}": p for name, p in parameters.items()}
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    result = {f"output {i}" if len(outputs) > 1 else "output": o.detach().flatten(0, -2) for i, o in enumerate(outputs)}
+    result |= {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)}
+    return {name: t.detach().to("cpu", torch.promote_types(t.dtype, torch.float32)) for name, t in result.items()}
+
+
+def differences(reference: Mapping[str, Tensor], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor] | None = None) -> list[Difference]:
+    """Compares results of `run`: in fp32 with the fixed limit, in low precision (`theirs` given) with the family's own error."""
+    rows = []
+    for what, truth in reference.items():
+        error = _relative(ours[what], truth)
+        if theirs is None:
+            rows.append(Difference(what, error, None, FP32_LIMIT))
+        else:
+            own = _relative(theirs[what], truth)
+            rows.append(Difference(what, error, own, max(LOW_PRECISION_FACTOR * own, FP32_LIMIT)))
+    return rows
+
+
+def inject(module: nn.Module, injections: Mapping[str, tuple[type[Patched], object]]) -> nn.Module:
+    """Patches a replica in place (there is nothing to undo on a replica). `injections` are those of a `Kind`."""
+    for name, (mixin, state) in injections.items():
+        InjectClass(module.get_submodule(name), mixin, state).do()
+    return module
+
+
+def _relative(value: Tensor, truth: Tensor) -> float:
+    if value.shape != truth.shape:
+        return float("inf")
+    scale = torch.linalg.vector_norm(truth).item()
+    error = torch.linalg.vector_norm(value - truth).item()
+    return error / scale if scale else error

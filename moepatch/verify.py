@@ -1,0 +1,106 @@
+"""Runs one site of each pattern against the untouched module: outputs, input gradients, weight gradients.
+
+The rule is three-way: an fp32 run of the family's own code is the truth; in low precision our error against it may be at most 1.5 times
+the error of the family's own code in the same precision. Both sides work on copies, so the model's weights and gradients are not touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import trial
+from .errors import NumericMismatch
+from .kinds import KINDS
+from .plan import Pattern
+from .replica import replica, slice_fill
+from .trial import Difference
+
+#: Copies are cut to so many experts that their weights stay below this count; all experts where they fit.
+_WEIGHTS_LIMIT = 2**26
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The verification of one pattern.
+
+    Attributes:
+        pattern: its name.
+        fqn: the site that was tried.
+        backend: what computed.
+        differences: one row per output and gradient; empty if it was not run.
+        note: why it was not run, or on how many experts.
+    """
+
+    pattern: str
+    fqn: str
+    backend: str
+    differences: tuple[Difference, ...]
+    note: str = ""
+
+    @property
+    def worst(self) -> Difference | None:
+        """The row closest to (or furthest past) its limit; None if nothing was run."""
+        return max(self.differences, key=lambda d: d.ours / d.limit if d.ours == d.ours else float("inf"), default=None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every row is within its limit."""
+        return all(d.ok for d in self.differences)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [{"what": d.what, "ours": d.ours, "theirs": d.theirs, "limit": d.limit} for d in self.differences]
+        return {"pattern": self.pattern, "fqn": self.fqn, "backend": self.backend, "ok": self.ok, "note": self.note, "differences": rows}
+
+
+def verify(model: nn.Module, pattern: Pattern) -> Verified:
+    """Tries the first site of a pattern that was just patched.
+
+    Raises:
+        NumericMismatch: it computes something else; the message says by how much. The caller rolls back.
+    """
+    site, spec = pattern.site, pattern.site.spec
+    if site.device == "meta":
+        return Verified(pattern.name, site.fqn, pattern.backend, (), "not run: the model has no weights yet (meta device)")
+    module, kind = model.get_submodule(site.fqn), KINDS[site.kind]
+    sizes = _fewer_experts(kind.computes(spec))
+    cut = spec.resized(sizes)
+    device, dtype = torch.device(site.device), getattr(torch, site.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    args = kind.trial(cut, dtype, device, torch.Generator().manual_seed(0))
+    in_wide = tuple(a.to(wide) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+    # One copy at a time: a layer's experts may be most of a device's free memory.
+    truth = trial.run(replica(module, sizes, slice_fill(wide)), in_wide, eager=True)
+    theirs = None if dtype == wide else trial.run(replica(module, sizes, slice_fill(dtype)), args, eager=True)
+    twin = trial.inject(replica(module, sizes, slice_fill(dtype)), kind.injections(cut, pattern.backend, None))
+    ours = trial.run(twin, args)
+    experts = kind.computes(cut).num_experts
+    note = "" if not sizes else f"on {experts} of {kind.computes(spec).num_experts} experts"
+    result = Verified(pattern.name, site.fqn, pattern.backend, tuple(trial.differences(truth, ours, theirs)), note)
+    if not result.ok:
+        raise NumericMismatch(_words(result, site.class_name))
+    return result
+
+
+def _fewer_experts(spec) -> dict[int, int]:
+    """Cuts the experts' axis if all experts are too many to copy, and if their count cannot be mistaken for a width."""
+    widths = [v for v in vars(spec).values() if type(v) is int and v != spec.num_experts]
+    affordable = max(2, _WEIGHTS_LIMIT // spec.params_per_expert)
+    clear = len(widths) == sum(type(v) is int for v in vars(spec).values()) - 1 and spec.num_experts not in [2 * w for w in widths]
+    if affordable >= spec.num_experts or not clear or vars(spec).get("identity_experts", 0):
+        return {}
+    return {spec.num_experts: affordable}
+
+
+def _words(result: Verified, class_name: str) -> str:
+    bad = [d for d in result.differences if not d.ok]
+    rows = "; ".join(f"{d.what} {d.ours:.1e} (limit {d.limit:.1e})" for d in bad)
+    return (
+        f"{result.fqn} ({class_name}): the backend {result.backend!r} does not compute what the module does. Relative errors: {rows}. "
+        "Everything was rolled back. Choose another backend, for example optimize(model, experts='reference'), and please report this."
+    )
