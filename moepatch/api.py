@@ -9,9 +9,11 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from . import plan as planning
 from .check import check_model, check_plan
+from .checkpoint import ModelState, PatchedModel
 from .errors import MoePatchError, NothingMatched, PlanMismatch
 from .kinds import KINDS
 from .match.experts import implementation
@@ -103,12 +105,23 @@ def plan(model: nn.Module, mesh: object = None, **overrides: str) -> Plan:
 
 
 def apply(model: nn.Module, plan: Plan, journal: Journal) -> None:
-    """Patches every site of the plan in the order of the plan; every step goes on the journal."""
+    """Patches every site of the plan in its order, and the models around them; every step goes on the journal."""
     for pattern in plan.patterns:
         for site in pattern.sites if pattern.backend is not None else ():
             module = model.get_submodule(site.fqn)
             for name, (mixin, state) in KINDS[site.kind].injections(site.spec, pattern.backend, implementation(module)).items():
                 journal.do(InjectClass(module.get_submodule(name), mixin, state))
+    count = len(journal.steps)
+    for pretrained in _outermost_pretrained(model):
+        journal.do(InjectClass(pretrained, PatchedModel, ModelState(count)))
+
+
+def _outermost_pretrained(module: nn.Module) -> list[nn.Module]:
+    """The transformers models in a tree that are not inside another one: what ``save_pretrained`` is called on."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    found = [m for child in module.children() for m in _outermost_pretrained(child)]
+    return list({id(m): m for m in found}.values())
 
 
 def restore(model: Model) -> Model:

@@ -45,11 +45,11 @@ def _random(shape, dtype, device, generator) -> Tensor:
 
 
 def _trial_experts(spec, dtype, device, generator):
-    """Tokens, distinct experts for each of them and positive routing weights in fp32 (which every family accepts)."""
+    """Tokens, distinct experts for each of them and positive routing weights."""
     ids = spec.num_experts + spec.identity_experts
     top_k = min(2, ids)
     topk_ids_TK = torch.stack([torch.randperm(ids, generator=generator)[:top_k] for _ in range(_TRIAL_TOKENS)]).to(device)
-    topk_weights_TK = torch.rand(_TRIAL_TOKENS, top_k, generator=generator).add_(0.1).to(device)
+    topk_weights_TK = torch.rand(_TRIAL_TOKENS, top_k, generator=generator).add_(0.1).to(device=device, dtype=dtype)
     return _random((_TRIAL_TOKENS, spec.hidden), dtype, device, generator), topk_ids_TK, topk_weights_TK
 
 

@@ -19,6 +19,8 @@ class Patched:
     The instance attribute ``_moepatch`` holds the patch's state, a plain value without modules or tensors.
     """
 
+    #: True if the patched class goes by the name of the class underneath, for classes whose name is data.
+    keeps_name = False
     _moepatch: Any
 
     def extra_repr(self) -> str:
@@ -39,7 +41,7 @@ def _rebuild(mixin: type, base: type) -> nn.Module:
 @functools.cache
 def patched_class(mixin: type[Patched], base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` whose behaviour `mixin` overrides; one class for each pair."""
-    name = f"Patched{base.__name__}"
+    name = base.__name__ if mixin.keeps_name else f"Patched{base.__name__}"
     return type(name, (mixin, base), {"__module__": base.__module__, "__qualname__": name, "__doc__": base.__doc__, "_moepatch_parts": (mixin, base)})
 
 

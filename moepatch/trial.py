@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .surgery import InjectClass, Patched
+from .surgery import InjectClass, Patched, original_class
 
 #: The largest relative error in fp32, of outputs and of every gradient.
 FP32_LIMIT = 1e-5
@@ -39,13 +40,13 @@ class Difference:
         return self.ours <= self.limit
 
 
-def run(module: nn.Module, args: tuple, *, eager: bool = False, seed: int = 0) -> dict[str, Tensor]:
+def run(module: nn.Module, args: tuple, *, forward: Callable[..., Any] | None = None, seed: int = 0) -> dict[str, Tensor]:
     """One call and its backward pass.
 
     Args:
         module: called with `args`; its parameters' gradients are read.
         args: positional; floating tensors get gradients.
-        eager: call the class's innermost forward, underneath decorators that dispatch elsewhere.
+        forward: called as ``forward(module, *args)`` instead of the module's own forward.
         seed: of the random cotangent.
 
     Returns:
@@ -54,8 +55,7 @@ def run(module: nn.Module, args: tuple, *, eager: bool = False, seed: int = 0) -
     args = tuple(a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        forward = inspect.unwrap(type(module).forward).__get__(module) if eager else module.forward
-        outputs = forward(*args)
+        outputs = module.forward(*args) if forward is None else forward(module, *args)
         outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(o, Tensor) and o.requires_grad]
         generator = torch.Generator().manual_seed(seed)
         loss = sum((o * torch.randn(o.shape, generator=generator).to(o)).sum() for o in outputs)
@@ -65,6 +65,11 @@ def run(module: nn.Module, args: tuple, *, eager: bool = False, seed: int = 0) -
     result = {f"output {i}" if len(outputs) > 1 else "output": o.detach().flatten(0, -2) for i, o in enumerate(outputs)}
     result |= {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)}
     return {name: t.detach().to("cpu", torch.promote_types(t.dtype, torch.float32)) for name, t in result.items()}
+
+
+def eager_forward(module: nn.Module) -> Callable[..., Any]:
+    """The innermost forward of a module's class, underneath decorators that dispatch elsewhere: what defines the family."""
+    return inspect.unwrap(original_class(module).forward)
 
 
 def differences(reference: Mapping[str, Tensor], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor] | None = None) -> list[Difference]:

@@ -6,15 +6,18 @@ the error of the family's own code in the same precision. Both sides work on cop
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import trial
 from .errors import NumericMismatch
 from .kinds import KINDS
+from .match.experts import implementation
 from .plan import Pattern
 from .replica import replica, slice_fill
 from .trial import Difference
@@ -75,8 +78,8 @@ def verify(model: nn.Module, pattern: Pattern) -> Verified:
     in_wide = tuple(a.to(wide) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
 
     # One copy at a time: a layer's experts may be most of a device's free memory.
-    truth = trial.run(replica(module, sizes, slice_fill(wide)), in_wide, eager=True)
-    theirs = None if dtype == wide else trial.run(replica(module, sizes, slice_fill(dtype)), args, eager=True)
+    truth = trial.run(replica(module, sizes, slice_fill(wide)), in_wide, forward=trial.eager_forward(module))
+    theirs = None if dtype == wide else trial.run(replica(module, sizes, slice_fill(dtype)), args, forward=_own_path(module))
     twin = trial.inject(replica(module, sizes, slice_fill(dtype)), kind.injections(cut, pattern.backend, None))
     ours = trial.run(twin, args)
     experts = kind.computes(cut).num_experts
@@ -85,6 +88,14 @@ def verify(model: nn.Module, pattern: Pattern) -> Verified:
     if not result.ok:
         raise NumericMismatch(_words(result, site.class_name))
     return result
+
+
+def _own_path(module: nn.Module) -> Callable[..., Any]:
+    """How transformers itself computes in low precision: its default experts function where the family has the switch and the machine
+    can run it, else the family's forward."""
+    if implementation(module) is None or not hasattr(torch.nn.functional, "grouped_mm"):
+        return trial.eager_forward(module)
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"]
 
 
 def _fewer_experts(spec) -> dict[int, int]:

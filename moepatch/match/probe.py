@@ -32,7 +32,7 @@ def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | N
     trial.inject(twin, KINDS[kind].injections(scaled, "reference", None))
     args = KINDS[kind].trial(scaled, torch.float32, torch.device("cpu"), generator)
     try:
-        theirs = trial.run(original, args, eager=True)
+        theirs = trial.run(original, args, forward=trial.eager_forward(original))
         ours = trial.run(twin, args)
     except Exception as error:  # a family's code may fail in any way on a layout that is not its own
         return f"a scale model of it cannot be run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"

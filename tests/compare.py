@@ -1,0 +1,113 @@
+"""Running models and comparing what comes out."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+import zoo
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+def step(name: str, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """One forward and backward on the family's fixed input: floating outputs by name, gradients by parameter (0 where None)."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)  # some families draw noise in their forward
+    output = model(**zoo.inputs(name, model))
+    zoo.loss(output).backward()
+    outputs = {key: value.detach().float() for key, value in output.items() if torch.is_tensor(value) and value.is_floating_point()}
+    grads = {key: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for key, p in model.named_parameters()}
+    return outputs, grads
+
+
+def error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """``|value - truth| / |truth|``; the plain norm where the truth is 0."""
+    assert value.shape == truth.shape
+    value, truth = value.double(), truth.double()
+    norm = truth.norm().item()
+    return (value - truth).norm().item() / (norm if norm else 1.0)
+
+
+def together(values: dict[str, torch.Tensor], truths: dict[str, torch.Tensor]) -> float:
+    """The relative error of many tensors as if they were one."""
+    flat = [torch.cat([t.double().flatten() for t in (tensors[key] for key in truths)]) for tensors in (values, truths)]
+    return error(*flat)
+
+
+@contextmanager
+def implementation(model: nn.Module, name: str):
+    """transformers' own experts implementation for the time of a block, where the family has the switch."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config") and hasattr(m.config, "_experts_implementation_internal")}
+    before = {key: config._experts_implementation_internal for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._experts_implementation_internal = name
+        yield
+    finally:
+        for key, config in configs.items():
+            config._experts_implementation_internal = before[key]
+
+
+@contextmanager
+def rounding_noise(model: nn.Module, seed: int):
+    """Moves what the experts return by at most two units in the last place of fp32: what an equally good implementation may do."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def hook(module, args, out):
+        return out * (1 + 2.0**-22 * (2 * torch.rand(out.shape, generator=generator) - 1)) if torch.is_tensor(out) else None
+
+    handles = [m.register_forward_hook(hook) for name, m in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class PinnedRouting(TorchFunctionMode):
+    """Makes routers choose what they chose in an earlier forward: precision decides between two nearly equal experts, not our subject.
+
+    ``with PinnedRouting(model) as pins`` records, ``with PinnedRouting(other, pins)`` replays, as often as the model is called. Only
+    calls of topk, max and argmax inside modules named gate or router are pinned; the values still flow, with their gradients.
+    """
+
+    def __init__(self, model: nn.Module, recorded: PinnedRouting | None = None):
+        super().__init__()
+        self.choices: dict[str, list[torch.Tensor]] = {} if recorded is None else recorded.choices
+        self.replaying = recorded is not None
+        self.inside: list[str] = []
+        self.handles = []
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in ("gate", "router"):
+                self.handles.append(module.register_forward_pre_hook(lambda m, args, name=name: self._enter(name)))
+                self.handles.append(module.register_forward_hook(lambda m, args, out: self.inside.pop() and None))
+
+    def _enter(self, name: str) -> None:
+        self.inside.append(name)
+        if not self.replaying:
+            self.choices[name] = []
+        self.position = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if not self.inside or name not in ("topk", "max", "argmax") or (name == "max" and not isinstance(out, tuple)):
+            return out
+        indices = out if name == "argmax" else out[1]
+        if not self.replaying:
+            self.choices[self.inside[-1]].append(indices)
+            return out
+        pinned = self.choices[self.inside[-1]][self.position]
+        self.position += 1
+        if name == "argmax":
+            return pinned
+        dim = (kwargs or {}).get("dim", args[2] if name == "topk" and len(args) > 2 else args[1] if name == "max" and len(args) > 1 else -1)
+        index = pinned if pinned.ndim == args[0].ndim else pinned.unsqueeze(dim)
+        values = args[0].gather(dim, index)
+        return type(out)((values if pinned.ndim == args[0].ndim else values.squeeze(dim), pinned))
+
+    def __exit__(self, *exc):
+        for handle in self.handles:
+            handle.remove()
+        return super().__exit__(*exc)
