@@ -61,7 +61,8 @@ def _trial_parallel_linear(spec, dtype, device, generator):
     """Rows sorted by expert and the count of each expert's rows, some of them 0."""
     counts = torch.randint(0, 3, (spec.num_experts,), generator=generator)
     counts[0] += 1
-    return _random((int(counts.sum()), spec.in_features), dtype, device, generator), counts.tolist()
+    rows = _random((int(counts.sum()), spec.in_features), dtype, device, generator)
+    return rows, counts.tolist() if spec.counts == "list" else counts.to(device)
 
 
 def _inject_experts(spec, backend, implementation):

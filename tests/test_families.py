@@ -22,13 +22,11 @@ REFUSED = {
     "switch_transformers": "separate modules",
     "vitpose_backbone": "separate modules",
 }
-if OLD:
-    REFUSED |= {name: "no layout of experts|no matcher takes" for name in ("aria", "aria_text")}
 SERVED = [name for name in (*zoo.FAMILIES, *zoo.EXTRA) if name not in REFUSED]
 #: Families that transformers itself cannot run in bf16.
 NO_BF16 = {"deepseek_v4": "transformers 5.17 feeds fp32 norms into bf16 linears"} if OLD else {}
 #: How many of the 73 families must be patched and run forward and backward.
-EXPECTED = 59 if OLD else 69
+EXPECTED = 60 if OLD else 69
 
 
 def runnable(name: str) -> None:
@@ -42,30 +40,35 @@ def runnable(name: str) -> None:
 def test_fp32_outputs_and_gradients_are_those_of_the_unpatched_model(name, family_results):
     runnable(name)
     model = zoo.build(name)
-    truths = []
-    for own in ("eager", "grouped_mm", "batched_mm"):
-        with compare.implementation(model, own):
-            truths.append(compare.step(name, model))
-    (outputs, grads), *others = truths
-    for seed in (1, 2):
-        with compare.implementation(model, "eager"), compare.rounding_noise(model, seed):
-            others.append(compare.step(name, model))
+    with compare.implementation(model, "eager"):
+        outputs, grads = compare.step(name, model)
     moepatch.optimize(model)
     patched_outputs, patched_grads = compare.step(name, model)
 
     for key, truth in outputs.items():
         assert compare.error(patched_outputs[key], truth) <= 1e-5, key
-    worst = 0.0
-    for key, truth in grads.items():
-        # A gradient that is a sum that cancels moves by more than 1e-5 between transformers' own implementations, or when the experts'
-        # results move by a rounding error: then that is the measure.
-        noise = max(compare.error(other[key], truth) for _, other in others)
-        found = compare.error(patched_grads[key], truth)
-        assert found <= max(1e-5, 1.5 * noise), f"{key}: {found:.1e}, rounding moves it by {noise:.1e}"
-        worst = max(worst, found)
+    found = {key: compare.error(patched_grads[key], truth) for key, truth in grads.items()}
+    if max(found.values()) > 1e-5:
+        # Some gradients are sums that cancel: they move by more than that when the experts' results move by a rounding error.
+        moepatch.restore(model)
+        noise = _rounding_noise(name, model, grads)
+        assert all(error <= max(1e-5, 1.5 * noise[key]) for key, error in found.items()), (found, noise)
+        moepatch.optimize(model)
     patterns = moepatch.report(model).plan.patterns
     layouts = "; ".join(dict.fromkeys(p.name for p in patterns))
-    family_results(name, fp32=worst, layout=layouts, activation=patterns[0].site.spec.to_dict().get("activation", ""))
+    family_results(name, fp32=max(found.values()), layout=layouts, activation=patterns[0].site.spec.to_dict().get("activation", ""))
+
+
+def _rounding_noise(name, model, grads):
+    """How far each gradient of the unpatched model moves between equally good ways to compute its experts."""
+    moved = []
+    for own in ("grouped_mm", "batched_mm"):
+        with compare.implementation(model, own):
+            moved.append(compare.step(name, model)[1])
+    for seed in range(6):
+        with compare.implementation(model, "eager"), compare.rounding_noise(model, seed):
+            moved.append(compare.step(name, model)[1])
+    return {key: max(compare.error(m[key], truth) for m in moved) for key, truth in grads.items()}
 
 
 @pytest.mark.parametrize("name", SERVED)

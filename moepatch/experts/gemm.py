@@ -61,6 +61,13 @@ def outer_sums(y_RB: Tensor, x_RA: Tensor, offs_E: Tensor) -> Tensor:
     return g_EBA
 
 
+def weight_gradient(grad_RB: Tensor, x_RA: Tensor, weight_EBA: Tensor, offs_E: Tensor) -> Tensor:
+    """``dL/dW [E, B, A]`` with the memory order of the weight, so that autograd keeps it without a copy."""
+    if weight_EBA.stride(-1) == 1:
+        return outer_sums(grad_RB, x_RA, offs_E)
+    return outer_sums(x_RA, grad_RB, offs_E).transpose(1, 2)
+
+
 def _grouped(a: Tensor, b: Tensor) -> bool:
     # Without rows there is nothing to multiply, and the kernels do not agree on empty operands.
     return a.shape[0] > 0 and why_not_grouped(a.dtype, (a.shape[-1], *b.shape[1:]), a.device) is None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .activation import split_gate
-from .gemm import outer_sums, rows_times
+from .gemm import rows_times, weight_gradient
 from .routes import Routes, gather_rows, permute_weights, sort_routes, sum_rows, unpermute, zero_sentinels
 from .spec import ExpertWeights
 
@@ -95,7 +95,7 @@ class _GroupedMLP(torch.autograd.Function):
         grad_weights_R = (grad_h_RI * h_RI).sum(-1) if folded and needs_weights else None
         if folded:
             h_RI = h_RI * scale_R1
-        grad_down = _weight_gradient(grad_RH, h_RI.to(x_TH.dtype), operands.down, offs_E) if needs.down else None
+        grad_down = weight_gradient(grad_RH, h_RI.to(x_TH.dtype), operands.down, offs_E) if needs.down else None
         grad_down_bias = None
         if operands.down_bias is not None:
             if grad_weights_R is not None:
@@ -109,7 +109,7 @@ class _GroupedMLP(torch.autograd.Function):
         x_RH = gather_rows(x_TH, routes)
         fed_RH = (x_RH * weights_R.unsqueeze(-1)).to(x_TH.dtype) if spec.scale_input else x_RH
         grad_up = [
-            _weight_gradient(g, fed_RH, w, offs_E) if need else None
+            weight_gradient(g, fed_RH, w, offs_E) if need else None
             for g, w, need in zip(grad_pre, ups, (needs.up, needs.up2), strict=False)
         ]
         grad_up_bias = _bias_gradient(grad_pre[0], operands.up_bias, routes) if needs.up_bias else None
@@ -166,13 +166,6 @@ def _activate_backward(
     if into_up is not None:
         into_up.copy_(grad_up)
     return h_RI, grad_pre
-
-
-def _weight_gradient(grad_RB: Tensor, x_RA: Tensor, weight_EBA: Tensor, offs_E: Tensor) -> Tensor:
-    """``dL/dW [E, B, A]`` with the memory order of the weight, so that autograd keeps it without a copy."""
-    if weight_EBA.stride(-1) == 1:
-        return outer_sums(grad_RB, x_RA, offs_E)
-    return outer_sums(x_RA, grad_RB, offs_E).transpose(1, 2)
 
 
 def _per_row(bias_EB: Tensor, routes: Routes) -> Tensor:

@@ -1,33 +1,36 @@
-"""A linear layer per expert over rows that the family has already sorted: ``forward(rows [R, in], rows_per_expert)``."""
+"""A linear layer per expert over rows that the family has already sorted: ``forward(rows [R, in], rows_per_expert [E])``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..layout.experts import Weight
 from ..registry import backend
 from ..surgery import Patched
-from .gemm import outer_sums, rows_times
+from .gemm import rows_times, weight_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLinearSpec:
-    """E matrices ``[E, out, in]`` in one parameter.
+    """E matrices in one parameter.
 
     Attributes:
         num_experts: E.
         in_features, out_features: widths.
-        weight: the parameter's name.
+        weight: where the matrices lie; canonical is ``[E, out, in]``.
+        counts: the form in which the family gives the number of rows of each expert.
     """
 
     num_experts: int
     in_features: int
     out_features: int
-    weight: str
+    weight: Weight
+    counts: Literal["list", "tensor"]
 
     def resized(self, sizes: Mapping[int, int]) -> ParallelLinearSpec:
         """The same at other sizes."""
@@ -49,7 +52,7 @@ class ParallelLinearSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"num_experts": self.num_experts, "in_features": self.in_features, "out_features": self.out_features, "layout": "3-D, one linear"}
+        return {"num_experts": self.num_experts, "in_features": self.in_features, "out_features": self.out_features, "layout": "3-D, one linear" + (", transposed" if self.weight.ops else "")}
 
 
 @dataclass(frozen=True)
@@ -68,26 +71,27 @@ class PatchedParallelLinear(Patched):
 
     Args of the call:
         inputs: rows ``[R, in]``.
-        expert_size: how many rows each expert has, a sequence of E integers (the family reads them on the host).
+        expert_size: how many rows each expert has: E integers in a list or a tensor.
     """
 
     _moepatch: ParallelLinearState
 
-    def forward(self, inputs: Tensor, expert_size: Sequence[int]) -> Tensor:
-        weight = getattr(self, self._moepatch.spec.weight)
+    def forward(self, inputs: Tensor, expert_size: Sequence[int] | Tensor) -> Tensor:
+        weight = self._moepatch.spec.weight.canonical(self)
         dtype = torch.get_autocast_dtype(inputs.device.type) if torch.is_autocast_enabled(inputs.device.type) else weight.dtype
         compute = backend("parallel_linear", self._moepatch.backend).load()
         return compute(inputs.to(dtype), weight.to(dtype), expert_size)
 
 
-def reference_linear(x_RA: Tensor, w_EBA: Tensor, counts: Sequence[int]) -> Tensor:
+def reference_linear(x_RA: Tensor, w_EBA: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
     """One product per expert."""
+    counts = counts.tolist() if isinstance(counts, Tensor) else counts
     return torch.cat([x @ w.T for x, w in zip(x_RA.split(list(counts)), w_EBA, strict=True)])
 
 
-def grouped_linear(x_RA: Tensor, w_EBA: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_linear(x_RA: Tensor, w_EBA: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
     """All experts in one grouped GEMM."""
-    offs_E = torch.tensor(counts, device=x_RA.device).cumsum(0).to(torch.int32)
+    offs_E = torch.as_tensor(counts, device=x_RA.device).cumsum(0).to(torch.int32)
     return _GroupedLinear.apply(x_RA, w_EBA, offs_E)
 
 
@@ -104,4 +108,4 @@ class _GroupedLinear(torch.autograd.Function):
         needs_x, needs_w, _ = ctx.needs_input_grad
         grad_RB = grad_RB.contiguous()
         grad_x = rows_times(grad_RB, w_EBA.transpose(1, 2), offs_E) if needs_x else None
-        return grad_x, outer_sums(grad_RB, x_RA, offs_E) if needs_w else None, None
+        return grad_x, weight_gradient(grad_RB, x_RA, w_EBA, offs_E) if needs_w else None, None

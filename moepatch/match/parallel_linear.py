@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
+from torch import nn
+
 from ..experts.parallel_linear import ParallelLinearSpec
+from ..layout.experts import Weight
+from ..layout.ops import Transpose
 from ..registry import register_matcher
 from ..replica import size_map
 from ..scan import Found, Scan
@@ -21,11 +27,22 @@ def match_parallel_linear(found: Found, scan: Scan, memo: dict) -> Site | Refusa
     ((name, parameter),) = named.items()
     if parameter.ndim != 3 or parameter.shape[0] < 2 or "." in name:
         return None
-    experts, wide, narrow = parameter.shape
-    spec = ParallelLinearSpec(num_experts=experts, in_features=narrow, out_features=wide, weight=name)
     key = ("parallel_linear", fingerprint(module))
     if key not in memo:
-        memo[key] = misfit(module, "parallel_linear", spec, size_map(num_experts=experts, hidden=narrow, intermediate=wide))
-    if memo[key] is not None:
-        return refusal(found, f"it does not compute one product per expert: {memo[key]}")
-    return make_site(found, "parallel_linear", spec, (name,))
+        memo[key] = _read(module, name, tuple(parameter.shape))
+    if isinstance(memo[key], str):
+        return refusal(found, memo[key])
+    return make_site(found, "parallel_linear", memo[key], (name,))
+
+
+def _read(module: nn.Module, name: str, shape: tuple[int, int, int]) -> ParallelLinearSpec | str:
+    """The spec that computes what the module does, or why there is none."""
+    misfits = []
+    for ops, counts in itertools.product(((), (Transpose(),)), ("list", "tensor")):
+        experts, wide, narrow = shape if not ops else (shape[0], shape[2], shape[1])
+        spec = ParallelLinearSpec(num_experts=experts, in_features=narrow, out_features=wide, weight=Weight((name,), ops), counts=counts)
+        reason = misfit(module, "parallel_linear", spec, size_map(num_experts=experts, hidden=narrow, intermediate=wide))
+        if reason is None:
+            return spec
+        misfits.append(reason)
+    return f"it does not compute one product per expert: {misfits[0]}"
