@@ -18,6 +18,7 @@ from .errors import BackendUnavailable, MoePatchError
 
 _MATCHERS: dict[str, Matcher] = {}
 _BACKENDS: dict[tuple[str, str], Backend] = {}
+_LOADED: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Backend:
         rank: among those that are available the highest is chosen.
         serves: one line for people.
         why_not: ``(spec, dtype, device) -> None`` if it serves there, else the reason; spec is None to ask about the machine alone.
-        load: the lazy factory; returns the compute function and is called once.
+        load: the lazy factory; returns the compute function. Call `compute` instead, which calls it once.
     """
 
     table: str
@@ -95,7 +96,7 @@ def register_backend(table: str, name: str, *, rank: int, serves: str = "", why_
     def decorate(factory):
         if (table, name) in _BACKENDS:
             raise MoePatchError(f"There is a backend named {name!r} for {table!r} already. Choose another name.")
-        _BACKENDS[table, name] = Backend(table, name, rank, serves, why_not or (lambda spec, dtype, device: None), functools.cache(factory))
+        _BACKENDS[table, name] = Backend(table, name, rank, serves, why_not or (lambda spec, dtype, device: None), factory)
         return factory
 
     return decorate
@@ -107,6 +108,7 @@ def unregister(name: str, table: str | None = None) -> None:
         del _MATCHERS[name]
     else:
         del _BACKENDS[table, name]
+        _LOADED.pop((table, name), None)
 
 
 def matchers() -> list[Matcher]:
@@ -139,6 +141,17 @@ def backend(table: str, name: str) -> Backend:
         known = ", ".join(b.name for b in backends(table)) or "none"
         raise BackendUnavailable(f"No backend named {name!r} for {table!r}. There are: {known}.")
     return _BACKENDS[table, name]
+
+
+def compute(table: str, name: str) -> Callable[..., Any]:
+    """The compute function of a backend, loaded at first use.
+
+    Raises:
+        BackendUnavailable: as `backend`.
+    """
+    if (table, name) not in _LOADED:
+        _LOADED[table, name] = backend(table, name).load()
+    return _LOADED[table, name]
 
 
 @functools.cache

@@ -6,6 +6,8 @@ neither read nor written, so their results are undefined and callers must not us
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -45,20 +47,14 @@ def rows_times(x_RA: Tensor, w_EBA: Tensor, offs_E: Tensor) -> Tensor:
     """
     if _grouped(x_RA, w_EBA):
         return torch.nn.functional.grouped_mm(x_RA, w_EBA.transpose(1, 2), offs=offs_E)
-    y_RB = x_RA.new_zeros(x_RA.shape[0], w_EBA.shape[1])
-    for expert, start, end in _groups(offs_E):
-        y_RB[start:end] = x_RA[start:end] @ w_EBA[expert].T
-    return y_RB
+    return _rows_times_loop(x_RA, w_EBA, offs_E)
 
 
 def outer_sums(y_RB: Tensor, x_RA: Tensor, offs_E: Tensor) -> Tensor:
     """``g_EBA``: for each expert the sum of ``y_r x_r^T`` over its rows: a weight gradient. Exactly 0 for an expert without rows."""
     if _grouped(y_RB, x_RA):
         return torch.nn.functional.grouped_mm(y_RB.T, x_RA, offs=offs_E)
-    g_EBA = x_RA.new_zeros(offs_E.numel(), y_RB.shape[1], x_RA.shape[1])
-    for expert, start, end in _groups(offs_E):
-        g_EBA[expert] = y_RB[start:end].T @ x_RA[start:end]
-    return g_EBA
+    return _outer_sums_loop(y_RB, x_RA, offs_E)
 
 
 def weight_gradient(grad_RB: Tensor, x_RA: Tensor, weight_EBA: Tensor, offs_E: Tensor) -> Tensor:
@@ -70,11 +66,45 @@ def weight_gradient(grad_RB: Tensor, x_RA: Tensor, weight_EBA: Tensor, offs_E: T
 
 def _grouped(a: Tensor, b: Tensor) -> bool:
     # Without rows there is nothing to multiply, and the kernels do not agree on empty operands.
-    return a.shape[0] > 0 and why_not_grouped(a.dtype, (a.shape[-1], *b.shape[1:]), a.device) is None
+    # What torch.compile knows of the grouped GEMM is its bf16 form alone.
+    return (
+        a.shape[0] > 0
+        and (a.dtype == torch.bfloat16 or not torch.compiler.is_compiling())
+        and why_not_grouped(a.dtype, (a.shape[-1], *b.shape[1:]), a.device) is None
+    )
 
 
-def _groups(offs_E: Tensor):
-    """Each expert that has rows, with its range. Waits for the device: the loop is for shapes that no kernel takes."""
+# The loops wait for the device. They are custom operators so that torch.compile can step over them.
+
+
+@torch.library.custom_op("moepatch::rows_times_loop", mutates_args=())
+def _rows_times_loop(x_RA: Tensor, w_EBA: Tensor, offs_E: Tensor) -> Tensor:
+    y_RB = x_RA.new_zeros(x_RA.shape[0], w_EBA.shape[1])
+    for expert, start, end in _groups(offs_E):
+        y_RB[start:end] = x_RA[start:end] @ w_EBA[expert].T
+    return y_RB
+
+
+@_rows_times_loop.register_fake
+def _(x_RA, w_EBA, offs_E):
+    return x_RA.new_empty(x_RA.shape[0], w_EBA.shape[1])
+
+
+@torch.library.custom_op("moepatch::outer_sums_loop", mutates_args=())
+def _outer_sums_loop(y_RB: Tensor, x_RA: Tensor, offs_E: Tensor) -> Tensor:
+    g_EBA = x_RA.new_zeros(offs_E.numel(), y_RB.shape[1], x_RA.shape[1])
+    for expert, start, end in _groups(offs_E):
+        g_EBA[expert] = y_RB[start:end].T @ x_RA[start:end]
+    return g_EBA
+
+
+@_outer_sums_loop.register_fake
+def _(y_RB, x_RA, offs_E):
+    return x_RA.new_empty(offs_E.numel(), y_RB.shape[1], x_RA.shape[1])
+
+
+def _groups(offs_E: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Each expert that has rows, with its range."""
     start = 0
     for expert, end in enumerate(offs_E.tolist()):
         if end > start:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..registry import backend
+from ..registry import compute
 from ..surgery import Patched, original_class
 from .spec import ExpertsSpec, ExpertWeights
 
@@ -55,8 +55,8 @@ class PatchedExperts(Patched):
         x_TH = hidden_states.flatten(0, -2)
         topk_ids_TK, topk_weights_TK = topk_ids.flatten(0, -2), topk_weights.flatten(0, -2)
         weights = ExpertWeights(self, spec, own_gate(self, spec), _compute_dtype(self, spec, x_TH.device))
-        compute = backend("experts", self._moepatch.backend).load()
-        y_TH = compute(x_TH.to(weights.dtype), topk_ids_TK, topk_weights_TK, weights).to(hidden_states.dtype)
+        run = compute("experts", self._moepatch.backend)
+        y_TH = run(x_TH.to(weights.dtype), topk_ids_TK, topk_weights_TK, weights).to(hidden_states.dtype)
         if spec.identity_experts:
             y_TH = y_TH + _identity(x_TH, topk_ids_TK, topk_weights_TK, spec)
         return y_TH.view(hidden_states.shape)

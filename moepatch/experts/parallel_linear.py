@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout.experts import Weight
-from ..registry import backend
+from ..registry import compute
 from ..surgery import Patched
 from .gemm import rows_times, weight_gradient
 
@@ -79,8 +79,8 @@ class PatchedParallelLinear(Patched):
     def forward(self, inputs: Tensor, expert_size: Sequence[int] | Tensor) -> Tensor:
         weight = self._moepatch.spec.weight.canonical(self)
         dtype = torch.get_autocast_dtype(inputs.device.type) if torch.is_autocast_enabled(inputs.device.type) else weight.dtype
-        compute = backend("parallel_linear", self._moepatch.backend).load()
-        return compute(inputs.to(dtype), weight.to(dtype), expert_size)
+        run = compute("parallel_linear", self._moepatch.backend)
+        return run(inputs.to(dtype), weight.to(dtype), expert_size)
 
 
 def reference_linear(x_RA: Tensor, w_EBA: Tensor, counts: Sequence[int] | Tensor) -> Tensor:

@@ -1,0 +1,123 @@
+"""The command line: ``moepatch inspect``, ``moepatch doctor``.
+
+Data goes to standard output, errors to standard error. Exit codes: 0 done (inspect: everything is served), 1 error, 2 served in part,
+3 nothing served. Whatever is heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(name="moepatch", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+#: What typer raises for a wrong command line; some versions carry their own copy of click, so it is named through typer.
+_UsageError = typer.BadParameter.__base__
+
+
+def main() -> None:
+    """Runs the command line and ends the process. A wrong command line is an error (1): 2 means *served in part*."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
+    except _UsageError as error:
+        error.show()
+        sys.exit(1)
+    except typer.Abort:
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader went away (`| head`). The interpreter flushes again on its way out: what is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"moepatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def moepatch(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Patches Hugging Face mixture-of-experts models in place."""
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="DIR|config.json", help="A model's directory or its config.json; nothing is downloaded.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what moepatch would do to a model, without its weights.
+
+    Exit code: 0 every mixture of experts can be patched, 2 some of them, 3 none, 1 error.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from .errors import MoePatchError
+        from .inspection import inspect as look
+
+        try:
+            inspection = look(model)
+        except MoePatchError as error:
+            typer.echo(f"moepatch: {error}", err=True)
+            raise typer.Exit(1) from None
+        if as_json:
+            typer.echo(inspection.to_json())
+        else:
+            from .render import terminal
+
+            terminal.print_view(terminal.view_of_inspection(inspection))
+    raise typer.Exit(inspection.exit_code)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say which backends and libraries this machine has, and why the others are missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from .inspection import backend_rows
+        from .plan import SCHEMA_VERSION
+
+        versions, rows = _versions(), backend_rows()
+    if as_json:
+        facts: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "versions": versions, "backends": [row.to_dict() for row in rows]}
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        from .render import terminal
+
+        terminal.print_view(terminal.view_of_environment(versions, rows))
+
+
+def _versions() -> dict[str, str]:
+    """Versions by name, and the GPUs."""
+    import torch
+    import transformers
+
+    from . import __version__
+
+    versions = {
+        "moepatch": __version__,
+        "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cuda": torch.version.cuda or "torch was built without it",
+    }
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        versions[f"gpu {i}"] = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    if torch.cuda.device_count() == 0:
+        versions["gpu"] = "none"
+    return versions

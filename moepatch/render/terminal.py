@@ -1,0 +1,229 @@
+"""Plans, reports and inspections as text for a terminal: as wide as it is, in colours where it has them."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
+from rich.table import Column, Table
+from rich.text import Text
+
+from . import words
+
+if TYPE_CHECKING:
+    from ..inspection import BackendRow, Inspection
+    from ..plan import Pattern, Plan
+    from ..report import Report
+    from ..site import Refusal
+    from ..verify import Verified
+
+#: Columns where the output is not a terminal and COLUMNS is not set.
+_WIDTH = 120
+
+
+def text_of_plan(plan: Plan) -> str:
+    """The plan as text, as wide as the terminal, coloured if standard output is one (NO_COLOR is honoured)."""
+    return _text(view_of_plan(plan))
+
+
+def text_of_report(report: Report) -> str:
+    """The report as text; see `text_of_plan`."""
+    return _text(view_of_report(report))
+
+
+def text_of_inspection(inspection: Inspection) -> str:
+    """The inspection as text; see `text_of_plan`."""
+    return _text(view_of_inspection(inspection))
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """A console that writes to `stream` (standard output if None): coloured only if that is a terminal and NO_COLOR is not set."""
+    stream = stream or sys.stdout
+    coloured = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    width = shutil.get_terminal_size((_WIDTH, 24)).columns
+    return Console(file=stream, width=width, force_terminal=coloured, no_color=not coloured, highlight=False, markup=False, emoji=False)
+
+
+def print_view(view: RenderableType, stream: TextIO | None = None) -> None:
+    """Writes a view, without blanks at the ends of lines."""
+    stream = stream or sys.stdout
+    stream.write(_text(view, stream) + "\n")
+
+
+def view_of_plan(plan: Plan) -> Group:
+    """What `text_of_plan` prints."""
+    return Group(Text(plan.model_class, "bold"), *_blocks(_patterns(plan.patterns, "now", "planned"), _refusals(plan.refusals)))
+
+
+def view_of_report(report: Report) -> Group:
+    """What `text_of_report` prints."""
+    head = _Line([(report.plan.model_class, "bold"), (words.patched_words(report), "")])
+    seconds = [_Line([("seconds", "dim"), *((f"{step} {value:.2f}", "") for step, value in report.seconds.items())])]
+    return Group(
+        head,
+        *_blocks(
+            _patterns(report.plan.patterns, "before", "now"),
+            _refusals(report.plan.refusals),
+            _verified(report.verified),
+            _bullets("notes", report.notes),
+            seconds if report.seconds else [],
+        ),
+    )
+
+
+def view_of_inspection(inspection: Inspection) -> Group:
+    """What `text_of_inspection` prints."""
+    name, *rest = words.model_parts(inspection)
+    lines = [_Line([(name, "bold"), *((part, "") for part in rest)])]
+    for group in inspection.estimate.groups:
+        lines.append(_Line([("experts", "bold"), *((p, "") for p in words.group_parts(group, inspection.estimate))]))
+    titles = ("before", "now") if inspection.patched else ("now", "planned")
+    style = {0: "green", 2: "yellow", 3: "red"}[inspection.exit_code]
+    end = [_fact("files", words.sizes(inspection.weights.bytes_by_dtype))] if inspection.weights is not None else []
+    end += [_fact("source", inspection.source), _fact("result", words.verdict(inspection.exit_code, inspection.patched), style)]
+    return Group(
+        *lines,
+        *_blocks(
+            _patterns(inspection.plan.patterns, *titles),
+            _refusals(inspection.plan.refusals),
+            _backends(inspection.backends),
+            _bullets("warnings", inspection.warnings, "yellow"),
+            end,
+        ),
+    )
+
+
+def view_of_environment(versions: dict[str, str], backends: tuple[BackendRow, ...]) -> Group:
+    """What `moepatch doctor` prints: versions by name, and every backend."""
+    table = Table.grid(padding=(0, 2))
+    for name, version in versions.items():
+        table.add_row(Text(name, "bold"), version)
+    return Group(table, *_blocks(_backends(backends)))
+
+
+def _text(view: RenderableType, stream: TextIO | None = None) -> str:
+    """Renders as `console(stream)` would, into a string whose lines have no blanks at the end."""
+    target, buffer = console(stream), io.StringIO()
+    target.file = buffer
+    target.print(view)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().split("\n"))
+
+
+def _blocks(*blocks: list[RenderableType]) -> Iterator[RenderableType]:
+    """The blocks that have something to say, each after an empty line."""
+    for block in blocks:
+        if block:
+            yield ""
+            yield from block
+
+
+def _table(*columns: Column) -> Table:
+    return Table(*columns, box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold underline")
+
+
+def _patterns(patterns: tuple[Pattern, ...], before: str, after: str) -> list[RenderableType]:
+    if not patterns:
+        return []
+    table = _table(
+        Column("pattern", overflow="fold"),
+        Column("count", justify="right", no_wrap=True),
+        Column(before, overflow="fold", min_width=11),
+        Column(after, overflow="fold", min_width=10),
+        Column("why, or why not", overflow="fold", min_width=15),
+    )
+    for pattern in patterns:
+        after_style = "green" if pattern.backend else "yellow"
+        table.add_row(pattern.name, str(len(pattern.sites)), pattern.site.now, Text(words.planned(pattern), after_style), pattern.why)
+    return [table, "", *_modules(patterns)]
+
+
+def _modules(patterns: tuple[Pattern, ...]) -> list[RenderableType]:
+    """Where the modules of each pattern are; with their sizes where there are several patterns, which may share a name."""
+    lines: list[RenderableType] = [Text("modules", "bold")]
+    several = len(patterns) > 1
+    for pattern in patterns:
+        label = _Line([(pattern.name, "dim"), (pattern.site.spec.describe(), "dim")])
+        lines += [Padding(label, (0, 0, 0, 2))] if several else []
+        lines.append(Padding(Text("\n".join(words.collapse(pattern.fqns))), (0, 0, 0, 4 if several else 2)))
+    return lines
+
+
+def _refusals(refusals: tuple[Refusal, ...]) -> list[RenderableType]:
+    if not refusals:
+        return []
+    lines: list[RenderableType] = [Text("left alone", "bold yellow")]
+    for refusal, fqns in words.gathered(refusals):
+        count = f"{len(fqns)} × " if len(fqns) > 1 else ""
+        lines.append(Padding(Text("\n".join(words.collapse(fqns))), (0, 0, 0, 2)))
+        lines.append(Padding(Text(f"{count}{refusal.class_name}: {refusal.reason}.", "yellow"), (0, 0, 0, 4)))
+        lines += [Padding(Text(refusal.hint, "dim"), (0, 0, 0, 4))] if refusal.hint else []
+    return lines
+
+
+def _verified(verified: tuple[Verified, ...]) -> list[RenderableType]:
+    if not verified:
+        return []
+    table = _table(
+        Column("verified", overflow="fold"),
+        Column("backend", overflow="fold"),
+        Column("worst", overflow="fold"),
+        Column("error", justify="right", no_wrap=True),
+        Column("family's", justify="right", no_wrap=True),
+        Column("limit", justify="right", no_wrap=True),
+        Column("", no_wrap=True),
+    )
+    for v in verified:
+        if v.worst is None:
+            table.add_row(v.pattern, v.backend, Text("not run", "yellow"), "", "", "", "")
+            continue
+        mark = Text("ok", "green") if v.ok else Text("✗", "bold red")
+        what = f"{v.worst.what} (of {len(v.differences)})"
+        table.add_row(v.pattern, v.backend, what, words.error(v.worst.ours), words.error(v.worst.theirs), words.error(v.worst.limit), mark)
+    return [table]
+
+
+def _backends(rows: tuple[BackendRow, ...]) -> list[RenderableType]:
+    table = _table(Column("backends", no_wrap=True), Column("for", overflow="fold"), Column("", overflow="fold"))
+    for row in rows:
+        there = Text.assemble(("ok", "green"), (f"  {row.serves}", "dim"))
+        table.add_row(row.name, row.table, there if row.why_not is None else Text(row.why_not, "yellow"))
+    return [table]
+
+
+def _bullets(title: str, texts: tuple[str, ...], style: str = "") -> list[RenderableType]:
+    if not texts:
+        return []
+    table = Table.grid(padding=(0, 1))
+    for text in texts:
+        table.add_row(Text("-", style), Text(text, style))
+    return [Text(title, f"bold {style}".strip()), Padding(table, (0, 0, 0, 2))]
+
+
+def _fact(name: str, value: str, style: str = "") -> RenderableType:
+    table = Table.grid(Column(width=6), Column(overflow="fold"), padding=(0, 2))
+    table.add_row(Text(name, "bold"), Text(value, style))
+    return table
+
+
+class _Line:
+    """Pieces of text two blanks apart; a line ends between pieces, not inside one that fits on the next line."""
+
+    def __init__(self, pieces: list[tuple[str, str]]):
+        self.pieces = pieces
+
+    def __rich_console__(self, target: Console, options: ConsoleOptions) -> RenderResult:
+        line = Text()
+        for text, style in self.pieces:
+            if line and line.cell_len + 2 + len(text) > options.max_width:
+                yield line
+                line = Text("  ")
+            elif line:
+                line.append("  ")
+            line.append(text, style)
+        yield line

@@ -1,0 +1,153 @@
+"""Words and numbers that the terminal and the HTML views share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..estimate import Estimate, ExpertGroup
+    from ..inspection import Inspection
+    from ..plan import Pattern
+    from ..report import Report
+    from ..site import Refusal
+
+#: Runs of layer numbers beyond this many are cut in the middle.
+_MOST_RUNS = 8
+
+
+def collapse(fqns: Iterable[str]) -> list[str]:
+    """Names that differ in numbers only, as one name with a range.
+
+    >>> collapse(["layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "head"])
+    ['layers.{0…2}.mlp', 'head']
+    >>> collapse(["layers.0.experts.0", "layers.0.experts.1", "layers.4.experts.0", "layers.4.experts.1"])
+    ['layers.{0,4}.experts.{0,1}']
+    """
+    shapes: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for fqn in fqns:
+        parts = tuple(fqn.split("."))
+        shapes.setdefault(tuple("#" if part.isdecimal() else part for part in parts), []).append(parts)
+    return [name for rows in shapes.values() for name in _collapse_rows(rows)]
+
+
+def _collapse_rows(rows: list[tuple[str, ...]]) -> list[str]:
+    """Names of one shape. Numbers that do not form a full grid are taken apart at the last position that varies."""
+    columns = [list(dict.fromkeys(column)) for column in zip(*rows, strict=True)]
+    varying = [i for i, column in enumerate(columns) if len(column) > 1]
+    grid = 1
+    for i in varying:
+        grid *= len(columns[i])
+    if grid == len(set(rows)):
+        return [".".join(_range(column) if len(column) > 1 else column[0] for column in columns)]
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        groups.setdefault(row[varying[-1]], []).append(row)
+    return [name for group in groups.values() for name in _collapse_rows(group)]
+
+
+def _range(numbers: list[str]) -> str:
+    ordered, runs = sorted(map(int, numbers)), []
+    for n in ordered:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    words = [str(a) if a == b else f"{a},{b}" if b == a + 1 else f"{a}…{b}" for a, b in runs]
+    if len(words) > _MOST_RUNS:
+        words = [*words[: _MOST_RUNS - 2], "…", words[-1]]
+    return "{" + ",".join(words) + "}"
+
+
+def amount(count: int) -> str:
+    """A count of parameters.
+
+    >>> amount(30_532_122_624), amount(7_300_000), amount(512)
+    ('30.53 B', '7.30 M', '512')
+    """
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
+
+
+def size(count: int) -> str:
+    """A count of bytes.
+
+    >>> size(61_064_245_248), size(2048), size(3)
+    ('56.9 GiB', '2.0 KiB', '3 bytes')
+    """
+    for step, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 1 << step:
+            return f"{count / (1 << step):.1f} {unit}"
+    return f"{count} bytes"
+
+
+def sizes(bytes_by_dtype: dict[str, int]) -> str:
+    """Bytes by dtype on one line."""
+    return " + ".join(f"{dtype} {size(count)}" for dtype, count in bytes_by_dtype.items())
+
+
+def model_parts(inspection: Inspection) -> list[str]:
+    """The line about the whole model, in pieces that should not be broken."""
+    estimate = inspection.estimate
+    return [inspection.model_class, params(estimate), *layers(estimate), sizes(estimate.bytes_by_dtype)]
+
+
+def params(estimate: Estimate) -> str:
+    """Total and active parameters."""
+    total = f"{amount(estimate.total_params)} params"
+    if estimate.active_params is None:
+        return f"{total}, active unknown"
+    return f"{total}, {amount(estimate.active_params)} active" if estimate.groups else f"{total}, all active"
+
+
+def layers(estimate: Estimate) -> list[str]:
+    """How many layers, if that is known."""
+    return [] if estimate.layers is None else [f"{estimate.layers} layer{'s' if estimate.layers > 1 else ''}"]
+
+
+def group_parts(group: ExpertGroup, estimate: Estimate) -> list[str]:
+    """The line about one group of experts, in pieces that should not be broken."""
+    share = f"{amount(group.params)} ({100 * group.params / max(1, estimate.total_params):.0f} %)"
+    return [f"{group.count} × {group.class_name}", group.layout, expert_sizes(group), share]
+
+
+def expert_sizes(group: ExpertGroup) -> str:
+    """``E=128 K=8 H=2048 I=768 swiglu``."""
+    experts, _, rest = group.sizes.partition(" ") if group.sizes else (f"E={group.num_experts}", "", "")
+    chosen = f"{group.top_k[0]}…{group.top_k[-1]}" if len(group.top_k) > 1 else str(group.top_k[0]) if group.top_k else "?"
+    return f"{experts} K={chosen} {rest}".strip()
+
+
+def gathered(refusals: Iterable[Refusal]) -> list[tuple[Refusal, tuple[str, ...]]]:
+    """Refusals that say the same, once, with the names of all modules."""
+    groups: dict[tuple[str, str, str], list[Refusal]] = {}
+    for refusal in refusals:
+        groups.setdefault((refusal.class_name, refusal.reason, refusal.hint), []).append(refusal)
+    return [(group[0], tuple(r.fqn for r in group)) for group in groups.values()]
+
+
+def planned(pattern: Pattern) -> str:
+    """The backend, or that there is none."""
+    return pattern.backend or "left alone"
+
+
+def patched_words(report: Report) -> str:
+    """How much of the model was patched."""
+    return f"{report.patched} module{'' if report.patched == 1 else 's'} patched"
+
+
+def verdict(exit_code: int, patched: bool) -> str:
+    """What an inspection comes to."""
+    verb = "is" if patched else "can be"
+    return {
+        0: f"every mixture of experts {verb} patched",
+        2: f"some of the mixture of experts {verb} patched, some is left alone",
+        3: "nothing here that moepatch can patch",
+    }[exit_code]
+
+
+def error(value: float | None) -> str:
+    """A relative error."""
+    return "" if value is None else f"{value:.1e}"
