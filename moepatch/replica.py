@@ -30,7 +30,8 @@ def replica(module: nn.Module, sizes: Mapping[int, int], fill: Callable[[Tensor,
     """
     copy = object.__new__(original_class(module))
     copy.__dict__.update({key: sizes.get(value, value) if type(value) is int else value for key, value in module.__dict__.items()})
-    copy.__dict__.pop("_moepatch", None)
+    for shadow in ("_moepatch", "forward"):  # a forward on the instance belongs to the original and would act on it
+        copy.__dict__.pop(shadow, None)
     for hooks in [name for name, value in copy.__dict__.items() if "_hooks" in name and isinstance(value, dict)]:
         copy.__dict__[hooks] = OrderedDict()
 

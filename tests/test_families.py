@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import compare
 import pytest
 import torch
 import transformers
 import zoo
+from facts import facts
 from packaging.version import Version
 from safetensors import safe_open
 
@@ -112,7 +111,7 @@ def test_save_reload_restore_are_bit_equal(name, tmp_path, family_results):
     for layout, options in layouts.items():
         source.save_pretrained(tmp_path / f"{layout}-source", **options)
         model = cls.from_pretrained(tmp_path / f"{layout}-source")
-        before = _facts(model)
+        before = facts(model)
         model.save_pretrained(tmp_path / f"{layout}-vanilla")
         moepatch.optimize(model)
         assert list(model.state_dict()) == [key for key, *_ in before["state"]]
@@ -122,7 +121,7 @@ def test_save_reload_restore_are_bit_equal(name, tmp_path, family_results):
         assert {type(m) for m in reloaded.modules()} == {type(m) for m in source.modules()}
         _assert_equal_state(reloaded, cls.from_pretrained(tmp_path / f"{layout}-vanilla"))
         moepatch.restore(model)
-        assert _facts(model) == before
+        assert facts(model) == before
     family_results(name, saved=True)
 
 
@@ -130,10 +129,10 @@ def test_save_reload_restore_are_bit_equal(name, tmp_path, family_results):
 def test_families_that_are_not_served_are_refused_in_words(name, family_results):
     runnable(name)
     model = zoo.build(name)
-    before = _facts(model)
+    before = facts(model)
     with pytest.raises(moepatch.NothingMatched, match=REFUSED[name]):
         moepatch.optimize(model)
-    assert _facts(model) == before
+    assert facts(model) == before
     family_results(name, refused=REFUSED[name])
 
 
@@ -144,21 +143,6 @@ def test_no_family_is_missing():
     served = [name for name in zoo.FAMILIES if name not in REFUSED and name not in absent]
     assert len(zoo.FAMILIES) == 73
     assert len(served) == EXPECTED, (len(served), absent)
-
-
-def _facts(model):
-    """What `restore` has to give back: classes, parameter identities, flags, hooks and bytes."""
-    return {
-        "classes": [(name, type(m)) for name, m in model.named_modules()],
-        "parameters": [(name, id(p), p.requires_grad, p.dtype, p.device) for name, p in model.named_parameters()],
-        "hooks": [(name, list(m._forward_hooks), list(m._forward_pre_hooks), list(m._state_dict_hooks)) for name, m in model.named_modules()],
-        "attributes": [(name, sorted(vars(m))) for name, m in model.named_modules()],
-        "state": [(key, copy.copy(value.dtype), tuple(value.shape), _bytes(value)) for key, value in model.state_dict().items()],
-    }
-
-
-def _bytes(tensor):
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def _assert_equal_state(a, b):

@@ -1,0 +1,182 @@
+"""Errors that a user can cause: refused before anything changes, in words that name the module, the numbers and what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from facts import facts
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import moepatch
+
+
+def refused(model, error, words, **options):
+    """Asserts that optimize and plan refuse, and that the model is as it was."""
+    before = facts(model)
+    with pytest.raises(error, match=words):
+        moepatch.optimize(model, **options)
+    assert facts(model) == before
+
+
+def code(model, **options):
+    with pytest.raises(moepatch.CheckFailed) as caught:
+        moepatch.optimize(model, **options)
+    return [problem.code for problem in caught.value.problems]
+
+
+def test_no_moe_in_the_model():
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    refused(LlamaForCausalLM(config), moepatch.NothingMatched, r"LlamaForCausalLM has no mixture of experts: none of its \d+ modules.*unchanged")
+
+
+def test_not_a_module():
+    with pytest.raises(moepatch.MoePatchError, match="takes a torch.nn.Module.*this is a dict"):
+        moepatch.optimize({})
+
+
+def test_quantized_experts(qwen3):
+    experts = qwen3.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(torch.zeros(8, 64, 48, dtype=torch.int8), requires_grad=False)
+    refused(qwen3, moepatch.CheckFailed, r"layers\.1\.mlp\.experts\.down_proj: its weights are torch.int8 of shape \(8, 64, 48\).*dequantized")
+    assert code(qwen3) == ["quantized"]
+
+
+def test_float8_experts(qwen3):
+    qwen3.model.layers[0].mlp.experts.down_proj.data = torch.zeros(8, 64, 48).to(torch.float8_e4m3fn)
+    assert code(qwen3) == ["quantized"]
+
+
+def test_weights_of_a_quantization_library(qwen3):
+    class Params4bit(nn.Parameter):
+        """As such libraries do it."""
+
+    qwen3.model.layers[0].mlp.experts.down_proj = Params4bit(torch.zeros(8, 64, 48))
+    refused(qwen3, moepatch.CheckFailed, r"its weights are a Params4bit, not a plain parameter")
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_wrapped_in_ddp(qwen3, one_process_group):
+    wrapped = nn.parallel.DistributedDataParallel(qwen3)
+    refused(wrapped, moepatch.CheckFailed, r"it is wrapped in DistributedDataParallel. Optimize the inner module \(model.module\)")
+
+
+def test_a_model_sharded_by_fsdp(qwen3, one_process_group):
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.fsdp.fully_shard(qwen3.model.layers[0], mesh=mesh)
+    with pytest.raises(moepatch.CheckFailed, match=r"model\.layers\.0: it is sharded by FSDP already.*before fully_shard"):
+        moepatch.optimize(qwen3)
+
+
+def test_a_dtensor_parameter(qwen3, one_process_group):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    experts = qwen3.model.layers[0].mlp.experts
+    experts.down_proj = nn.Parameter(distribute_tensor(experts.down_proj.detach(), mesh, [Shard(0)]))
+    with pytest.raises(moepatch.CheckFailed, match=r"experts\.down_proj: it is sharded already: a DTensor of global shape \(8, 64, 48\)"):
+        moepatch.optimize(qwen3)
+
+
+def test_offload_hooks(qwen3):
+    from accelerate import cpu_offload
+
+    cpu_offload(qwen3, execution_device="cpu")
+    with pytest.raises(moepatch.CheckFailed, match=r"accelerate moves its weights.*remove_hook_from_module"):
+        moepatch.optimize(qwen3)
+    assert code(qwen3) == ["offloaded"]
+
+
+def test_parameters_held_by_an_optimizer_that_was_passed_in(qwen3):
+    optimizer = torch.optim.AdamW(qwen3.parameters())
+    words = r"the AdamW that was passed in holds 4 of the parameters to be patched \(model\.layers\.0\.mlp\.experts\.gate_up_proj, …\)\. Build the optimizer after"
+    refused(qwen3, moepatch.CheckFailed, words, optimizer=optimizer)
+    other = torch.optim.AdamW(qwen3.model.embed_tokens.parameters())
+    moepatch.optimize(qwen3, optimizer=other)
+
+
+def test_compiled_models(qwen3):
+    assert code(torch.compile(qwen3)) == ["compiled"]
+    qwen3.model.layers[0].compile()
+    refused(qwen3, moepatch.CheckFailed, r"model\.layers\.0: Qwen3MoeDecoderLayer.compile\(\) was called on it. Optimize the plain model first")
+
+
+def test_a_forward_replaced_on_the_instance(qwen3):
+    """Liger and transformers' expert parallelism do this: it would hide the patched class."""
+    experts = qwen3.model.layers[1].mlp.experts
+    experts.forward = experts.forward
+    refused(qwen3, moepatch.CheckFailed, r"layers\.1\.mlp\.experts: something has replaced its forward on the instance")
+
+
+def test_a_mesh_is_not_served_yet(qwen3):
+    refused(qwen3, moepatch.CheckFailed, "a mesh was given.*one device", mesh=object())
+
+
+def test_every_problem_is_named_at_once(qwen3):
+    qwen3.model.layers[0].compile()
+    qwen3.model.layers[1].mlp.experts.down_proj = nn.Parameter(torch.zeros(8, 64, 48, dtype=torch.int8), requires_grad=False)
+    assert code(qwen3, mesh=object()) == ["mesh", "compiled", "quantized"]
+
+
+def test_mixed_dtypes_are_refused_and_the_rest_is_patched(qwen3):
+    experts = qwen3.model.layers[0].mlp.experts
+    experts.down_proj.data = experts.down_proj.data.bfloat16()
+    moepatch.optimize(qwen3)
+    (refusal,) = moepatch.report(qwen3).plan.refusals
+    assert refusal.fqn == "model.layers.0.mlp.experts"
+    assert "mixed dtypes (gate_up_proj float32, down_proj bfloat16)" in refusal.reason
+    assert moepatch.report(qwen3).patched == 1
+
+
+def test_an_unknown_experts_module_is_refused_and_the_rest_is_patched(qwen3):
+    class OddExperts(nn.Module):
+        """Looks like experts and adds something of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(8, 96, 64) * 0.1)
+            self.down_proj = nn.Parameter(torch.randn(8, 64, 48) * 0.1)
+
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            return hidden_states + top_k_weights.sum() + self.down_proj.sum()
+
+    qwen3.model.layers[1].mlp.experts = OddExperts()
+    moepatch.optimize(qwen3)
+    (refusal,) = moepatch.report(qwen3).plan.refusals
+    assert refusal.fqn == "model.layers.1.mlp.experts" and "does not compute what its parameters suggest" in refusal.reason
+    assert "register_matcher" in refusal.hint and moepatch.report(qwen3).patched == 1
+    assert "model.layers.1.mlp.experts" in str(moepatch.report(qwen3))
+
+
+def test_unknown_options_and_backends_are_refused_with_what_exists(qwen3):
+    refused(qwen3, moepatch.PlanMismatch, r"no option 'expert'\. Did you mean 'experts'\?", expert="torch")
+    refused(qwen3, moepatch.BackendUnavailable, r"No backend named 'cutlass' for 'experts'\. There are: torch, reference", experts="cutlass")
+
+
+def test_a_backend_that_cannot_serve_says_why():
+    model = zoo.build("qwen3_moe", dtype=torch.float64)
+    refused(model, moepatch.BackendUnavailable, r"layers\.0\.mlp\.experts: the backend 'torch' cannot serve E=8 .*no float64", experts="torch")
+    moepatch.optimize(model)
+    report = moepatch.report(model)
+    assert {p.backend for p in report.plan.patterns} == {"reference"} and "no float64" in report.plan.patterns[0].why
+    assert any("slow" in note for note in report.notes)
+
+
+def test_errors_survive_pickling():
+    import pickle
+
+    error = moepatch.CheckFailed((moepatch.Problem("mesh", "model", "what.", "hint."),))
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) and again.problems == error.problems
+
+
+def test_a_plan_for_another_model_is_refused(qwen3):
+    plan = moepatch.plan(zoo.build("mixtral"))
+    refused(qwen3, moepatch.PlanMismatch, r"was made for E=8 H=64 I=80|which this Qwen3MoeForCausalLM does not have", plan=plan)

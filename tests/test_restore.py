@@ -1,0 +1,151 @@
+"""Undoing: optimize and restore are each other's inverse, at any time and after any failure."""
+
+from __future__ import annotations
+
+import copy
+
+import compare
+import pytest
+import torch
+import zoo
+from facts import facts
+
+import moepatch
+from moepatch import api, surgery
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h", "llama4_text", "jetmoe", "dbrx", "gemma4_text"])
+def test_restore_gives_back_classes_parameters_hooks_and_flags(name):
+    model = zoo.build(name)
+    next(model.parameters()).requires_grad_(False)
+    model.register_forward_hook(lambda *args: None)
+    before = facts(model)
+    assert moepatch.optimize(model) is model
+    assert facts(model) != before
+    assert moepatch.restore(model) is model
+    assert facts(model) == before
+
+
+def test_restore_after_training_keeps_the_trained_weights(qwen3):
+    classes = [type(m) for m in qwen3.modules()]
+    parameters = [id(p) for p in qwen3.parameters()]
+    moepatch.optimize(qwen3)
+    optimizer = torch.optim.SGD(qwen3.parameters(), lr=0.1)
+    compare.step("qwen3_moe", qwen3)
+    optimizer.step()
+    trained = {key: value.clone() for key, value in qwen3.state_dict().items()}
+    grads = [p.grad for p in qwen3.parameters()]
+    moepatch.restore(qwen3)
+    assert [type(m) for m in qwen3.modules()] == classes and [id(p) for p in qwen3.parameters()] == parameters
+    assert all(torch.equal(value, trained[key]) for key, value in qwen3.state_dict().items())
+    assert all(p.grad is g for p, g in zip(qwen3.parameters(), grads, strict=True))
+    compare.step("qwen3_moe", qwen3)
+    optimizer.step()
+
+
+def test_optimize_restore_optimize(qwen3):
+    moepatch.optimize(qwen3)
+    first = facts(qwen3)["classes"]
+    moepatch.restore(qwen3)
+    moepatch.optimize(qwen3, experts="reference")
+    assert facts(qwen3)["classes"] == first
+    assert {p.backend for p in moepatch.report(qwen3).plan.patterns} == {"reference"}
+
+
+def test_optimize_twice_is_a_no_op_with_a_note(qwen3):
+    moepatch.optimize(qwen3)
+    before = facts(qwen3)
+    with pytest.warns(UserWarning, match="patched already, nothing was changed"):
+        assert moepatch.optimize(qwen3) is qwen3
+    assert facts(qwen3) == before
+    assert any("patched already" in note for note in moepatch.report(qwen3).notes)
+
+
+def test_restore_and_report_of_an_unpatched_model_say_so(qwen3):
+    with pytest.warns(UserWarning, match="not patched; nothing to do"):
+        assert moepatch.restore(qwen3) is qwen3
+    with pytest.raises(moepatch.MoePatchError, match="not patched. Call moepatch.optimize"):
+        moepatch.report(qwen3)
+    wrapper = torch.nn.Sequential(moepatch.optimize(qwen3))
+    with pytest.raises(moepatch.MoePatchError, match=r"'0' inside it is"):
+        moepatch.report(wrapper)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_an_exception_in_the_middle_of_apply_leaves_the_model_untouched(monkeypatch, failing):
+    """Two experts modules and the model itself are patched; the step after any number of them fails."""
+    model = zoo.build("qwen3_moe")
+    before = facts(model)
+    done = []
+    do = surgery.InjectClass.do
+
+    def breaks(step):
+        if len(done) == failing:
+            raise KeyboardInterrupt("pulled the plug")
+        done.append(step)
+        do(step)
+
+    monkeypatch.setattr(surgery.InjectClass, "do", breaks)
+    with pytest.raises(KeyboardInterrupt, match="pulled the plug"):
+        moepatch.optimize(model, verify=False)
+    assert len(done) == failing and facts(model) == before
+
+
+def test_a_backend_that_computes_something_else_is_caught_and_rolled_back(qwen3):
+    @moepatch.register_backend("experts", "wrong", rank=-1)
+    def wrong():
+        from moepatch.experts.reference import reference_experts
+
+        return lambda *args: reference_experts(*args) * 1.001
+
+    before = facts(qwen3)
+    try:
+        with pytest.raises(moepatch.NumericMismatch, match=r"layers\.0\.mlp\.experts.*'wrong' does not compute.*output 1\.0e-03 \(limit 1\.0e-05\).*rolled back"):
+            moepatch.optimize(qwen3, experts="wrong")
+        assert facts(qwen3) == before
+        moepatch.optimize(qwen3, experts="wrong", verify=False)
+        assert "not verified" in moepatch.report(qwen3).notes[0]
+    finally:
+        moepatch.registry.unregister("wrong", "experts")
+
+
+def test_verification_leaves_weights_gradients_and_random_state_alone(qwen3):
+    compare.step("qwen3_moe", qwen3)
+    grads = [p.grad.clone() for p in qwen3.parameters()]
+    state, weights = torch.get_rng_state(), copy.deepcopy(qwen3.state_dict())
+    moepatch.optimize(qwen3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p.grad, g) for p, g in zip(qwen3.parameters(), grads, strict=True))
+    assert all(torch.equal(value, weights[key]) for key, value in qwen3.state_dict().items())
+    (verified,) = moepatch.report(qwen3).verified
+    assert verified.ok and {d.what for d in verified.differences} >= {"output", "grad input 0", "grad input 2", "grad gate_up_proj", "grad down_proj"}
+
+
+def test_verification_of_many_experts_tries_some_of_them(monkeypatch, qwen3):
+    monkeypatch.setattr(moepatch.verify, "_WEIGHTS_LIMIT", 1)
+    moepatch.optimize(qwen3)
+    (verified,) = moepatch.report(qwen3).verified
+    assert verified.ok and verified.note == "on 2 of 8 experts"
+
+
+def test_a_model_on_the_meta_device_is_patched_without_verification():
+    with torch.device("meta"):
+        model = zoo._model_class(zoo.entry("qwen3_moe"))._from_config(zoo.config("qwen3_moe"))
+    moepatch.optimize(model)
+    assert moepatch.report(model).patched == 2
+    assert "no weights yet" in moepatch.report(model).notes[0]
+    moepatch.restore(model)
+
+
+def test_apply_and_restore_touch_nothing_global(qwen3):
+    """No function of transformers or torch is replaced, and no class of a family is changed."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    experts = type(qwen3.model.layers[0].mlp.experts)
+    compare.step("qwen3_moe", qwen3)  # transformers caches what it finds out about a class at first use
+    cls = type(qwen3)
+    before = dict(vars(experts)), dict(vars(cls)), dict(ALL_EXPERTS_FUNCTIONS._global_mapping)
+    moepatch.optimize(qwen3)
+    compare.step("qwen3_moe", qwen3)
+    assert (dict(vars(experts)), dict(vars(cls)), dict(ALL_EXPERTS_FUNCTIONS._global_mapping)) == before
+    assert api._patch_of(qwen3) is not None
