@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import moepatch
 from moepatch import CheckpointError, MoePatchError, PlanMismatch, cli
-from moepatch.estimate import estimate, top_k
+from moepatch.estimate import top_k
 from moepatch.registry import register_matcher, unregister
 from moepatch.render import terminal, words
 from moepatch.site import Refusal
@@ -106,8 +106,8 @@ def widths(text: object) -> int:
 def test_golden_text(folder):
     text = str(moepatch.inspect(folder()))
     assert text.split("\nbackends")[0] == textwrap.dedent("""\
-        Qwen3MoeForCausalLM  275.39 K params, 109.50 K active  3 layers
-          bfloat16 537.9 KiB
+        Qwen3MoeForCausalLM  276.51 K params, 110.62 K active  3 layers
+          bfloat16 540.1 KiB
         experts  3 × Qwen3MoeExperts  fused 3-D  E=8 K=2 H=64 I=48 swiglu
           221.18 K (80 %)
 
@@ -129,11 +129,11 @@ def test_golden_json(folder):
     assert set(data) == KEYS
     assert data["schema_version"] == 1 and data["model_type"] == "qwen3_moe" and data["weights"] is None
     assert data["estimate"] == {
-        "total_params": 275392,
+        "total_params": 276512,
         "expert_params": 3 * 8 * 3 * 64 * 48,
-        "active_params": 275392 - 221184 * 6 // 8,
-        "bytes": 550784,
-        "bytes_by_dtype": {"bfloat16": 550784},
+        "active_params": 276512 - 221184 * 6 // 8,
+        "bytes": 553024,
+        "bytes_by_dtype": {"bfloat16": 553024},
         "layers": 3,
         "experts": [
             {
@@ -497,6 +497,7 @@ def test_code_of_a_known_family_is_not_run(folder):
         ({**TINY, "architectures": ["Qwen3MoeModel"]}, "Qwen3MoeModel"),
         ({**TINY, "architectures": ["Qwen3MoeForFun"]}, "Qwen3MoeForCausalLM"),
         (zoo.config("qwen3_vl_moe"), "Qwen3VLMoeForConditionalGeneration"),
+        (zoo.config("llama4"), "Llama4ForConditionalGeneration"),
         (zoo.config("switch_transformers"), "SwitchTransformersForConditionalGeneration"),
         (BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, architectures=["BertModel"]), "BertModel"),
     ],
@@ -531,9 +532,7 @@ def test_top_k(config, k):
 
 
 def test_top_k_by_layer():
-    model = zoo.build("qwen3_moe")
-    model.config.num_experts_per_tok = [1, 4]
-    sizes = estimate(model, moepatch.plan(model))
+    sizes = moepatch.inspect(zoo.config("hunyuan_v1_moe", moe_topk=[1, 4])).estimate
     assert sizes.groups[0].top_k == (1, 4) and words.expert_sizes(sizes.groups[0]).startswith("E=8 K=1…4 ")
     assert sizes.active_params == sizes.total_params - sizes.expert_params + sizes.expert_params * 5 // 16
 
