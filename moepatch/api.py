@@ -66,7 +66,7 @@ def optimize(
 
     >>> model = moepatch.optimize(model)          # doctest: +SKIP
     """
-    if isinstance(model, nn.Module) and _patch_of(model) is not None:
+    if isinstance(model, nn.Module) and patch_of(model) is not None:
         return _again(model)
     seconds: dict[str, float] = {}
     check_model(model, mesh)
@@ -96,8 +96,8 @@ def plan(model: nn.Module, mesh: object = None, **overrides: str) -> Plan:
     Raises:
         CheckFailed, MoePatchError: as `optimize`.
     """
-    if isinstance(model, nn.Module) and _patch_of(model) is not None:
-        return _patch_of(model).report.plan
+    if isinstance(model, nn.Module) and patch_of(model) is not None:
+        return patch_of(model).report.plan
     check_model(model, mesh)
     made = planning.make_plan(model, overrides)
     check_plan(model, made, None)
@@ -129,7 +129,7 @@ def restore(model: Model) -> Model:
 
     A model that is not patched is returned as it is, with a warning.
     """
-    patch = _patch_of(model)
+    patch = patch_of(model)
     if patch is None:
         warnings.warn("moepatch.restore: this model is not patched; nothing to do.", stacklevel=2)
         return model
@@ -144,21 +144,22 @@ def report(model: nn.Module) -> Report:
     Raises:
         MoePatchError: the model is not patched.
     """
-    patch = _patch_of(model)
+    patch = patch_of(model)
     if patch is None:
-        inner = [name for name, m in model.named_modules() if _patch_of(m) is not None]
+        inner = [name for name, m in model.named_modules() if patch_of(m) is not None]
         where = f" {inner[0]!r} inside it is: moepatch.report(model.get_submodule({inner[0]!r}))." if inner else " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
     return patch.report
 
 
-def _patch_of(model: nn.Module) -> _Patch | None:
+def patch_of(model: nn.Module) -> _Patch | None:
+    """What `optimize` left on a model, or None."""
     return vars(model).get("_moepatch_patch")
 
 
 def _again(model: Model) -> Model:
     """The second `optimize` of a model changes nothing and says so."""
-    patch = _patch_of(model)
+    patch = patch_of(model)
     note = "optimize() was called again: the model is patched already, nothing was changed. Call moepatch.restore(model) first to patch it differently."
     warnings.warn(f"moepatch: {note}", stacklevel=3)
     if note not in patch.report.notes:

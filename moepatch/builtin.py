@@ -51,12 +51,18 @@ def _torch_linear():
     return grouped_linear
 
 
-#: Libraries that later versions will use, with the extra that installs each: `moepatch doctor` and `inspect` say whether they are here.
-OPTIONAL_LIBRARIES = {"quack": "quack", "te": "transformer_engine", "liger": "liger_kernel", "deep_ep": "deep_ep"}
+#: Libraries that later versions will use, with the module that each provides and how it is installed.
+OPTIONAL_LIBRARIES = {
+    "quack": ("quack", "pip install moepatch[quack]"),
+    "te": ("transformer_engine", "pip install moepatch[te]"),
+    "liger": ("liger_kernel", "pip install moepatch[liger]"),
+    "deep_ep": ("deep_ep", "built from its own repository, deepseek-ai/DeepEP"),
+}
 
 
 def why_not_optional(name: str) -> str:
     """Why an optional library is not in use."""
-    if importlib.util.find_spec(OPTIONAL_LIBRARIES[name]) is None:
-        return f"not installed (pip install moepatch[{name.replace('_', '')}])"
+    module, how = OPTIONAL_LIBRARIES[name]
+    if importlib.util.find_spec(module) is None:
+        return f"not installed ({how})"
     return "installed, but this version of moepatch has no backend for it yet"

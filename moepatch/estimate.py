@@ -187,7 +187,7 @@ def _active(params: list[int], chosen: list[int | None], experts: int) -> int | 
 def _expert_params(model: nn.Module, site: Site) -> int:
     module, spec = model.get_submodule(site.fqn), site.spec
     if isinstance(spec, ParallelLinearSpec):
-        names = (spec.weight,)
+        names = spec.weight.names
     elif isinstance(spec, ScoredBlockSpec):
         names = tuple(f"{spec.experts_name}.{name}" for name in spec.experts.layout.parameter_names())
     else:

@@ -165,7 +165,7 @@ def backend_rows(device: torch.device | None = None, dtype: torch.dtype = torch.
 
 
 def _of_module(model: nn.Module) -> Inspection:
-    patch = api._patch_of(model)
+    patch = api.patch_of(model)
     plan = patch.report.plan if patch is not None else make_plan(model)
     config = vars(model).get("config")
     first = next(model.parameters(), None)
@@ -248,6 +248,6 @@ def _forbidden(model: nn.Module) -> Iterator[str]:
     except CheckFailed as error:
         for problem in error.problems:
             yield f"optimize() would refuse: {problem}"
-    inner = next((name for name, module in model.named_modules() if name and api._patch_of(module) is not None), None)
+    inner = next((name for name, module in model.named_modules() if name and api.patch_of(module) is not None), None)
     if inner is not None:
         yield f"{inner!r} inside it is patched: moepatch.inspect(model.get_submodule({inner!r})) says how"

@@ -26,6 +26,7 @@ class Kind:
         injections: from (spec, backend, implementation) to mixin and state, for the module itself (key ``""``) and for submodules by
             relative name. `implementation` is what transformers' own switch said at the time of the patch.
         computes: from the spec to the part of it that the backend computes.
+        widths: from the spec to H and I, or to the widths of one matrix.
         trial: random positional arguments for one call, from (spec, dtype, device, generator). Floating arguments get gradients.
     """
 
@@ -34,6 +35,7 @@ class Kind:
     backends: str
     injections: Callable[[Any, str, str | None], Mapping[str, tuple[type[Patched], object]]]
     computes: Callable[[Any], Any]
+    widths: Callable[[Any], tuple[int, int]]
     trial: Callable[[Any, torch.dtype, torch.device, torch.Generator], tuple]
 
 
@@ -83,8 +85,32 @@ def _inject_parallel_linear(spec, backend, implementation):
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("experts", "experts", "experts", _inject_experts, lambda spec: spec, _trial_experts),
-        Kind("scored_block", "experts.scored", "experts", _inject_block, lambda spec: spec.experts, _trial_block),
-        Kind("parallel_linear", "experts.linear", "parallel_linear", _inject_parallel_linear, lambda spec: spec, _trial_parallel_linear),
+        Kind(
+            name="experts",
+            pattern="experts",
+            backends="experts",
+            injections=_inject_experts,
+            computes=lambda spec: spec,
+            widths=lambda spec: (spec.hidden, spec.intermediate),
+            trial=_trial_experts,
+        ),
+        Kind(
+            name="scored_block",
+            pattern="experts.scored",
+            backends="experts",
+            injections=_inject_block,
+            computes=lambda spec: spec.experts,
+            widths=lambda spec: (spec.experts.hidden, spec.experts.intermediate),
+            trial=_trial_block,
+        ),
+        Kind(
+            name="parallel_linear",
+            pattern="experts.linear",
+            backends="parallel_linear",
+            injections=_inject_parallel_linear,
+            computes=lambda spec: spec,
+            widths=lambda spec: (spec.in_features, spec.out_features),
+            trial=_trial_parallel_linear,
+        ),
     )
 }

@@ -16,10 +16,6 @@ from torch import Tensor, nn
 
 from .surgery import original_class
 
-#: Widths of scale models: different from each other, and aligned for every kernel in fp32.
-SCALE_HIDDEN, SCALE_INTERMEDIATE = 16, 12
-
-
 def replica(module: nn.Module, sizes: Mapping[int, int], fill: Callable[[Tensor, tuple[int, ...]], Tensor]) -> nn.Module:
     """A copy of `module`.
 
@@ -46,28 +42,25 @@ def replica(module: nn.Module, sizes: Mapping[int, int], fill: Callable[[Tensor,
     return copy
 
 
-def size_map(*, num_experts: int, hidden: int, intermediate: int, at_least: int = 6) -> dict[int, int]:
-    """Sizes of a scale model: few experts (`at_least`, if there are so many), narrow widths, and their products (2I, E·I).
+def size_map(*, num_experts: int, hidden: int, intermediate: int, experts: int = 6, wide: int = 16, narrow: int = 12) -> dict[int, int]:
+    """Sizes of a smaller model: at most `experts`, `wide` and `narrow` instead of E, H and I, and their products (2I, E·I).
 
-    Widths that are equal, or one twice the other, stay so. Where the number of experts coincides with a width, a size has two meanings and
-    nothing is scaled: that happens only in models that are tiny already.
+    Sizes that are equal, or one twice the other, stay so. Empty, which means the same sizes, where a size has two meanings that cannot both
+    be kept: that happens only in models that are tiny already. The default widths differ and suit every kernel in fp32.
     """
-    if num_experts in (hidden, intermediate, 2 * intermediate) or num_experts * intermediate == hidden:
+    if num_experts * intermediate == hidden:
         return {}
-    experts, wide, narrow = min(num_experts, at_least), SCALE_HIDDEN, SCALE_INTERMEDIATE
     if hidden == intermediate:
         wide = narrow
     elif hidden == 2 * intermediate:
         wide = 2 * narrow
     elif intermediate == 2 * hidden:
         narrow = 2 * wide
-    return {
-        num_experts * intermediate: experts * narrow,
-        2 * intermediate: 2 * narrow,
-        intermediate: narrow,
-        hidden: wide,
-        num_experts: experts,
-    }
+    widths = {2 * intermediate: 2 * narrow, intermediate: narrow, hidden: wide}
+    fewer = widths.get(num_experts, min(num_experts, experts))
+    if fewer < min(num_experts, experts):
+        return {}
+    return {num_experts * intermediate: fewer * narrow, **widths, num_experts: fewer}
 
 
 def random_fill(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Callable[[Tensor, tuple[int, ...]], Tensor]:

@@ -40,13 +40,9 @@ _DTYPES = {
 #: What a model can be made in. A configuration may also name what its files are quantized to.
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-#: Where transformers lists the classes for a configuration, the first to ask first.
-_AUTO = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "MODEL_MAPPING",
-)
+#: Where transformers lists the classes for a configuration.
+_CAUSAL, _IMAGE_TEXT = "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"
+_OTHERS = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "MODEL_MAPPING")
 
 
 @dataclass(frozen=True)
@@ -202,7 +198,8 @@ def _model_class(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
         cls = getattr(transformers, name) if hasattr(transformers, name) else None
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             return cls
-    for mapping in _AUTO:
+    # Some configurations of several parts are listed under their language model as well, whose class wants the text part alone.
+    for mapping in (_IMAGE_TEXT, _CAUSAL, *_OTHERS) if config.sub_configs else (_CAUSAL, _IMAGE_TEXT, *_OTHERS):
         classes = getattr(transformers, mapping)
         if type(config) in classes:
             found = classes[type(config)]

@@ -16,13 +16,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import trial
 from .errors import NumericMismatch
-from .kinds import KINDS
+from .kinds import KINDS, Kind
 from .match.experts import implementation
 from .plan import Pattern
-from .replica import replica, slice_fill
+from .replica import replica, size_map, slice_fill
 from .trial import Difference
 
-#: Copies are cut to so many experts that their weights stay below this count; all experts where they fit.
+#: Copies are cut to so many experts that their weights stay at about this count; all experts where they fit.
 _WEIGHTS_LIMIT = 2**26
 
 
@@ -70,7 +70,7 @@ def verify(model: nn.Module, pattern: Pattern) -> Verified:
     if site.device == "meta":
         return Verified(pattern.name, site.fqn, pattern.backend, (), "not run: the model has no weights yet (meta device)")
     module, kind = model.get_submodule(site.fqn), KINDS[site.kind]
-    sizes = _fewer_experts(kind.computes(spec))
+    sizes = _affordable(kind, spec)
     cut = spec.resized(sizes)
     device, dtype = torch.device(site.device), getattr(torch, site.dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -82,8 +82,7 @@ def verify(model: nn.Module, pattern: Pattern) -> Verified:
     theirs = None if dtype == wide else trial.run(replica(module, sizes, slice_fill(dtype)), args, forward=_own_path(module))
     twin = trial.inject(replica(module, sizes, slice_fill(dtype)), kind.injections(cut, pattern.backend, None))
     ours = trial.run(twin, args)
-    experts = kind.computes(cut).num_experts
-    note = "" if not sizes else f"on {experts} of {kind.computes(spec).num_experts} experts"
+    note = "" if not sizes else f"tried on a part of it: {kind.computes(cut).describe()}"
     result = Verified(pattern.name, site.fqn, pattern.backend, tuple(trial.differences(truth, ours, theirs)), note)
     if not result.ok:
         raise NumericMismatch(_words(result, site.class_name))
@@ -98,14 +97,23 @@ def _own_path(module: nn.Module) -> Callable[..., Any]:
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"]
 
 
-def _fewer_experts(spec) -> dict[int, int]:
-    """Cuts the experts' axis if all experts are too many to copy, and if their count cannot be mistaken for a width."""
-    widths = [v for v in vars(spec).values() if type(v) is int and v != spec.num_experts]
-    affordable = max(2, _WEIGHTS_LIMIT // spec.params_per_expert)
-    clear = len(widths) == sum(type(v) is int for v in vars(spec).values()) - 1 and spec.num_experts not in [2 * w for w in widths]
-    if affordable >= spec.num_experts or not clear or vars(spec).get("identity_experts", 0):
+def _affordable(kind: Kind, spec: Any) -> dict[int, int]:
+    """Sizes of the copies: the module's own where that is affordable, else fewer experts, and narrower ones if E is also a width."""
+    part = kind.computes(spec)
+    sizes = kind.widths(spec)
+    if part.num_experts * part.params_per_expert <= _WEIGHTS_LIMIT or vars(part).get("identity_experts", 0):
         return {}
-    return {spec.num_experts: affordable}
+    count, (hidden, intermediate) = part.num_experts, sizes
+    if count not in (hidden, intermediate, 2 * intermediate):
+        return size_map(
+            num_experts=count,
+            hidden=hidden,
+            intermediate=intermediate,
+            experts=max(2, _WEIGHTS_LIMIT // part.params_per_expert),
+            wide=hidden,
+            narrow=intermediate,
+        )
+    return size_map(num_experts=count, hidden=hidden, intermediate=intermediate, experts=2, wide=min(256, hidden), narrow=min(128, intermediate))
 
 
 def _words(result: Verified, class_name: str) -> str:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+import transformers
 import zoo
 
 torch.set_num_threads(1)
@@ -40,7 +41,7 @@ def qwen3():
 @pytest.fixture(scope="session")
 def family_results(request):
     """``record(family, key, value)``: facts of the run for `tests/family_table.py`."""
-    folder = Path(request.config.rootpath, "build", "families")
+    folder = Path(request.config.rootpath, "build", "families", transformers.__version__)
     folder.mkdir(parents=True, exist_ok=True)
 
     def record(family: str, **facts) -> None:

@@ -54,7 +54,8 @@ def test_fp32_outputs_and_gradients_are_those_of_the_unpatched_model(name, famil
         assert all(error <= max(1e-5, 1.5 * noise[key]) for key, error in found.items()), (found, noise)
         moepatch.optimize(model)
     patterns = moepatch.report(model).plan.patterns
-    layouts = "; ".join(dict.fromkeys(p.name for p in patterns))
+    extras = [word for word in ("post-norm", "input-scaled", "identity") if word in patterns[0].site.spec.describe()]
+    layouts = "; ".join([*dict.fromkeys(p.name for p in patterns), *extras])
     family_results(name, fp32=max(found.values()), layout=layouts, activation=patterns[0].site.spec.to_dict().get("activation", ""))
 
 

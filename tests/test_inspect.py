@@ -170,13 +170,13 @@ def test_numbers_of_a_known_model():
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "ernie4_5_vl_moe", "jetmoe", "longcat_flash", "llama4", "gpt_oss", "switch_transformers"])
-@pytest.mark.parametrize("width", [60, 80, 120, 200])
-def test_no_line_is_wider_than_the_terminal(name, width, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(width))
+def test_no_line_is_wider_than_the_terminal(name, monkeypatch):
     inspection = moepatch.inspect(zoo.config(name))
-    assert widths(inspection) <= width
-    assert widths(inspection.plan) <= width
-    assert "\x1b" not in str(inspection)
+    for width in (60, 80, 120, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert widths(inspection) <= width
+        assert widths(inspection.plan) <= width
+        assert "\x1b" not in str(inspection)
 
 
 def test_colours_only_on_a_terminal(folder, monkeypatch):

@@ -125,7 +125,24 @@ def test_verification_of_many_experts_tries_some_of_them(monkeypatch, qwen3):
     monkeypatch.setattr(moepatch.verify, "_WEIGHTS_LIMIT", 1)
     moepatch.optimize(qwen3)
     (verified,) = moepatch.report(qwen3).verified
-    assert verified.ok and verified.note == "on 2 of 8 experts"
+    assert verified.ok and verified.note == "tried on a part of it: E=2 H=64 I=48 swiglu"
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h", "llama4_text", "dbrx", "jetmoe", "muse_spark"])
+def test_verification_of_a_part_serves_every_layout(monkeypatch, name):
+    if zoo.available(name) is not None:
+        pytest.skip(zoo.available(name))
+    monkeypatch.setattr(moepatch.verify, "_WEIGHTS_LIMIT", 1)
+    model = moepatch.optimize(zoo.build(name))
+    assert all(v.ok and v.differences and "E=2" in v.note for v in moepatch.report(model).verified)
+
+
+def test_as_many_experts_as_a_width_is_wide(monkeypatch):
+    """Qwen3-Next has 512 experts of width 512: a size with two meanings is scaled in both."""
+    monkeypatch.setattr(moepatch.verify, "_WEIGHTS_LIMIT", 1)
+    model = zoo.build("qwen3_next", num_experts=160, moe_intermediate_size=160)
+    moepatch.optimize(model)
+    assert "E=128 H=64 I=128" in moepatch.report(model).verified[0].note
 
 
 def test_a_model_on_the_meta_device_is_patched_without_verification():
@@ -148,4 +165,4 @@ def test_apply_and_restore_touch_nothing_global(qwen3):
     moepatch.optimize(qwen3)
     compare.step("qwen3_moe", qwen3)
     assert (dict(vars(experts)), dict(vars(cls)), dict(ALL_EXPERTS_FUNCTIONS._global_mapping)) == before
-    assert api._patch_of(qwen3) is not None
+    assert api.patch_of(qwen3) is not None

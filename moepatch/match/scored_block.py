@@ -43,7 +43,7 @@ def _read(block: nn.Module, experts: nn.Module) -> ScoredBlockSpec | str:
             router, name, shared = roles
             scaled = replace(spec, scale_input=True)
             scored = ScoredBlockSpec(experts=scaled, top_k=top_k, router_name=router, experts_name=name, shared_name=shared)
-            sizes = size_map(num_experts=spec.num_experts, hidden=spec.hidden, intermediate=spec.intermediate, at_least=max(6, top_k + 1))
+            sizes = size_map(num_experts=spec.num_experts, hidden=spec.hidden, intermediate=spec.intermediate, experts=max(6, top_k + 1))
             misfitting = misfit(block, "scored_block", scored, sizes)
             if misfitting is None:
                 return scored

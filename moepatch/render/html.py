@@ -150,7 +150,8 @@ def _verified(verified: tuple[Verified, ...]) -> str:
         if v.worst is None:
             rows.append((escape(v.pattern), escape(v.backend), escape(v.note), "", "", "", _text("not run", _FAIR)))
             continue
-        numbers = tuple(escape(words.error(n)) for n in (v.worst.ours, v.worst.theirs, v.worst.limit))
+        errors = (v.worst.ours, v.worst.theirs, v.worst.limit)
+        numbers = tuple(f'<span style="white-space:nowrap">{escape(words.error(n))}</span>' for n in errors)
         rows.append((escape(v.pattern), escape(v.backend), _differences(v), *numbers, _text("ok", _GOOD) if v.ok else _text("✗", _BAD)))
     heads = ("pattern", "backend", "worst", "error", "family's own", "limit", "")
     return _block("Verified against the untouched module", _table(heads, rows))

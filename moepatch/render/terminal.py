@@ -28,18 +28,18 @@ _WIDTH = 120
 
 
 def text_of_plan(plan: Plan) -> str:
-    """The plan as text, as wide as the terminal, coloured if standard output is one (NO_COLOR is honoured)."""
-    return _text(view_of_plan(plan))
+    """The plan as plain text, as wide as the terminal. `print_view` adds colours where they belong."""
+    return _text(view_of_plan(plan), io.StringIO())
 
 
 def text_of_report(report: Report) -> str:
     """The report as text; see `text_of_plan`."""
-    return _text(view_of_report(report))
+    return _text(view_of_report(report), io.StringIO())
 
 
 def text_of_inspection(inspection: Inspection) -> str:
     """The inspection as text; see `text_of_plan`."""
-    return _text(view_of_inspection(inspection))
+    return _text(view_of_inspection(inspection), io.StringIO())
 
 
 def console(stream: TextIO | None = None) -> Console:

@@ -1,0 +1,43 @@
+# Every target does its own set-up. `make help` lists them.
+
+PYTHON ?= python3
+OLDEST := 5.17.0
+
+# Where there is no GPU, torch is pinned to the version of the constraints; where there is one, pip's own choice has CUDA.
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+# Threads that spin while they wait make a busy machine several times slower than it has to be.
+export OMP_WAIT_POLICY := passive
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oldest clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+demo: .venv/stamp  ## fine-tune a small mixture of experts on the CPU, from checkpoint to checkpoint
+	.venv/bin/python examples/finetune.py
+
+test: .venv/stamp  ## run the tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+test-oldest: .venv-oldest/stamp  ## run the tests with the oldest transformers that is supported
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
+
+clean:  ## remove the environments and everything generated
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv-oldest/stamp: REPLACE := s/^transformers==.*/transformers==$(OLDEST)/
+
+# An environment that is made once, and brought up to date when the requirements change. torch goes first and alone: a bare `torch`
+# would fetch gigabytes of CUDA libraries where nothing can use them.
+%/stamp: setup.cfg pyproject.toml tests/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("moepatch needs Python 3.10 or newer: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $*
+	sed -e '$(REPLACE)' $(if $(GPU),-e '/^torch==/d') tests/constraints.txt > $*/constraints.txt
+	$*/bin/python -m pip install -q -c $*/constraints.txt torch
+	$*/bin/python -m pip install -q -c $*/constraints.txt -e '.[test]'
+	touch $@
