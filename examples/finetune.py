@@ -206,7 +206,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Where to save the model; a temporary directory if not given.")] = None,
     max_loss: Annotated[float, typer.Option(help="Fail unless the loss gets below this.")] = 2.6,
 ) -> None:
-    """Fine-tunes a small mixture-of-experts model on the CPU and checks every promise of moepatch on the way."""
+    """Fine-tunes a small mixture-of-experts model on the CPU; checks the patch, the checkpoint and the restored model on the way."""
     began = time.perf_counter()
     logging.disable_progress_bar()
     torch.manual_seed(0)
