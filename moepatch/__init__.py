@@ -21,6 +21,8 @@ from .errors import (
     Problem,
 )
 from .inspection import Inspection, inspect
+from .parallel.clip import clip_grad_norm_
+from .parallel.mesh import make_mesh
 from .plan import Plan
 from .registry import register_backend, register_matcher
 from .report import Report
@@ -40,7 +42,9 @@ __all__ = [
     "PlanMismatch",
     "Problem",
     "Report",
+    "clip_grad_norm_",
     "inspect",
+    "make_mesh",
     "optimize",
     "plan",
     "register_backend",

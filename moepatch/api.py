@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from . import plan as planning
@@ -17,6 +18,8 @@ from .checkpoint import ModelState, PatchedModel
 from .errors import MoePatchError, NothingMatched, PlanMismatch
 from .kinds import KINDS
 from .match.experts import implementation
+from .parallel.agree import together
+from .parallel.apply import choose_dispatcher, shard, why_whole
 from .plan import Pattern, Plan
 from .report import Report
 from .surgery import InjectClass, Journal, Patched
@@ -36,11 +39,12 @@ class _Patch:
 
 def optimize(
     model: Model,
-    mesh: object = None,
+    mesh: DeviceMesh | None = None,
     *,
     plan: Plan | None = None,
     verify: bool = True,
     fsdp: bool = True,
+    dispatch: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     **overrides: str,
 ) -> Model:
@@ -48,10 +52,13 @@ def optimize(
 
     Args:
         model: as ``from_pretrained`` returns it; on any device. A model on the meta device is patched without verification.
-        mesh: None on one device.
+        mesh: None on one device. Else a DeviceMesh with dims out of ``dp_replicate``, ``dp_shard`` and ``ep`` (see `make_mesh`), and every
+            rank calls `optimize` with the same model: experts are spread over `ep`, everything is sharded by FSDP2, and gradients are
+            those of the mean of the ranks' losses.
         plan: an edited plan from `plan(model)`; made here if None.
         verify: try one module of each pattern against the untouched one and roll back if they differ.
-        fsdp: shard the model as well; means something only with a mesh.
+        fsdp: with a mesh, shard dense parameters too. With False they stay whole, and averaging their gradients is up to you.
+        dispatch: with a mesh, the name of the dispatcher; chosen if None.
         optimizer: if given, it is checked that it does not hold parameters that are about to be patched.
         overrides: a backend by table, for example ``experts="reference"``.
 
@@ -69,28 +76,39 @@ def optimize(
     if isinstance(model, nn.Module) and patch_of(model) is not None:
         return _again(model)
     seconds: dict[str, float] = {}
-    check_model(model, mesh)
-    with _timed(seconds, "plan"):
-        fresh = planning.make_plan(model)
-        chosen = _fitting(plan, fresh) if plan is not None else fresh
-        chosen = chosen.with_backends(**overrides) if overrides else chosen
-    if not any(pattern.backend for pattern in chosen.patterns):
-        raise NothingMatched(_nothing(model, chosen))
-    check_plan(model, chosen, optimizer)
+    with together("optimize()", mesh), _timed(seconds, "plan"):
+        chosen = _checked_plan(model, mesh, plan, optimizer, overrides)
     journal = Journal()
     try:
-        with _timed(seconds, "apply"):
-            apply(model, chosen, journal)
-        with _timed(seconds, "verify"):
-            verified = tuple(verify_pattern(model, p) for p in chosen.patterns if p.backend) if verify else ()
+        with together("optimize()", mesh):
+            with _timed(seconds, "apply"):
+                apply(model, chosen, journal)
+            with _timed(seconds, "verify"):
+                verified = tuple(verify_pattern(model, p) for p in chosen.patterns if p.backend) if verify else ()
+            if mesh is not None:
+                with _timed(seconds, "shard"):
+                    shard(model, chosen, mesh, dispatch or choose_dispatcher(mesh), fsdp, journal)
     except BaseException:
         journal.undo()
         raise
-    model.__dict__["_moepatch_patch"] = _Patch(Report(chosen, verified, _notes(chosen, verified, verify), seconds), journal)
+    journal.commit()
+    model.__dict__["_moepatch_patch"] = _Patch(Report(chosen, verified, _notes(chosen, verified, verify, mesh), seconds), journal)
     return model
 
 
-def plan(model: nn.Module, mesh: object = None, **overrides: str) -> Plan:
+def _checked_plan(model: nn.Module, mesh: DeviceMesh | None, given: Plan | None, optimizer, overrides: dict[str, str]) -> Plan:
+    """The plan to carry out, after everything that forbids it has been looked for."""
+    check_model(model, mesh)
+    fresh = planning.make_plan(model)
+    chosen = _fitting(given, fresh) if given is not None else fresh
+    chosen = chosen.with_backends(**overrides) if overrides else chosen
+    if not any(pattern.backend for pattern in chosen.patterns):
+        raise NothingMatched(_nothing(model, chosen))
+    check_plan(model, chosen, optimizer, mesh)
+    return chosen
+
+
+def plan(model: nn.Module, mesh: DeviceMesh | None = None, **overrides: str) -> Plan:
     """The road up to *check*: what `optimize` would do. Changes nothing.
 
     Raises:
@@ -100,7 +118,7 @@ def plan(model: nn.Module, mesh: object = None, **overrides: str) -> Plan:
         return patch_of(model).report.plan
     check_model(model, mesh)
     made = planning.make_plan(model, overrides)
-    check_plan(model, made, None)
+    check_plan(model, made, None, mesh)
     return made
 
 
@@ -200,9 +218,12 @@ def _nothing(model: nn.Module, plan: Plan) -> str:
     return f"{name} has no mixture of experts: none of its {sum(1 for _ in model.modules())} modules routes tokens to experts. The model is unchanged."
 
 
-def _notes(plan: Plan, verified: tuple[Verified, ...], verify: bool) -> tuple[str, ...]:
+def _notes(plan: Plan, verified: tuple[Verified, ...], verify: bool, mesh: DeviceMesh | None) -> tuple[str, ...]:
     notes = [] if verify else ["not verified: optimize(..., verify=False)"]
     notes += [f"{v.fqn}: {v.note}" for v in verified if v.note]
+    if mesh is not None:
+        whole = {p.site.fqn: why_whole(p.site) for p in plan.patterns if p.backend and why_whole(p.site)}
+        notes += [f"{fqn}: every rank computes all its experts, because {why}" for fqn, why in whole.items()]
     fallen = {c.backend: c.why_not for p in plan.patterns for c in p.choices if p.backend == "reference" and c.why_not}
     notes += [f"the reference backend is slow; {name} cannot serve: {why}" for name, why in fallen.items()]
     return tuple(notes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch.distributed as dist
+
 from .experts.gemm import why_not_grouped
 from .experts.parallel_linear import ParallelLinearSpec
 from .match import experts, parallel_linear, scored_block  # noqa: F401  (each registers its matcher)
@@ -49,6 +51,17 @@ def _torch_linear():
     from .experts.parallel_linear import grouped_linear
 
     return grouped_linear
+
+
+def _needs_process_group(spec, dtype, device):
+    return None if dist.is_available() else "torch was built without distributed"
+
+
+@register_backend("dispatch", "all_to_all", rank=10, serves="all-to-all over any c10d backend; one host sync", why_not=_needs_process_group)
+def _all_to_all():
+    from .dispatch.all_to_all import AllToAll
+
+    return AllToAll
 
 
 #: Libraries that later versions will use, with the module that each provides and how it is installed.

@@ -6,19 +6,22 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .errors import CheckFailed, MoePatchError, Problem
 from .kinds import KINDS
+from .parallel.apply import can_split
+from .parallel.mesh import why_not_mesh
 from .plan import Plan
 from .scan import Scan
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_model(model: object, mesh: object = None) -> None:
+def check_model(model: object, mesh: DeviceMesh | None = None) -> None:
     """What can be said without knowing the plan: the model's type, wrappers, quantization, offloading, compilation, the mesh.
 
     Raises:
@@ -27,27 +30,52 @@ def check_model(model: object, mesh: object = None) -> None:
     """
     if not isinstance(model, nn.Module):
         raise MoePatchError(f"optimize() takes a torch.nn.Module, such as from_pretrained returns; this is a {type(model).__name__}.")
-    problems = [*_mesh(mesh), *_compiled(model), *_wrapped(model), *_quantized(model)]
+    problems = [*_mesh(model, mesh), *_compiled(model), *_wrapped(model), *_quantized(model)]
     # One kind of wrapper explains the rest: an offloaded or wrapped tree would repeat itself for every module.
     problems += [] if problems else [*_offloaded(model)]
     if problems:
         raise CheckFailed(tuple(problems))
 
 
-def check_plan(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> None:
-    """What depends on the plan: shadowed forwards and an optimizer that was built too early.
+def check_plan(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None, mesh: DeviceMesh | None = None) -> None:
+    """What depends on the plan: experts that cannot be spread, shadowed forwards, and an optimizer that was built too early.
 
     Raises:
         CheckFailed: with every problem found.
     """
-    problems = [*_shadowed(model, plan), *_held(model, plan, optimizer)]
+    problems = [*_divisible(plan, mesh), *_shadowed(model, plan), *_held(model, plan, optimizer)]
     if problems:
         raise CheckFailed(tuple(problems))
 
 
-def _mesh(mesh: object) -> Iterator[Problem]:
-    if mesh is not None:
-        yield Problem("mesh", "model", "a mesh was given, and this version of moepatch patches models on one device.", "Call optimize(model) without a mesh.")
+def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> Iterator[Problem]:
+    if mesh is None:
+        return
+    if not torch.distributed.is_initialized():
+        yield Problem("mesh", "mesh", "there is no process group.", "Start with torchrun and call torch.distributed.init_process_group() first.")
+        return
+    reason = why_not_mesh(mesh)
+    if reason is not None:
+        yield Problem("mesh", "mesh", reason, "moepatch.make_mesh(ep=…) makes the usual one.")
+        return
+    devices = {p.device.type for p in model.parameters()} - {"meta"}
+    if devices and devices != {mesh.device_type}:
+        text = f"the model is on {', '.join(sorted(devices))} and the mesh is for {mesh.device_type}."
+        yield Problem("mesh", "mesh", text, f"Move the model first: model.to({mesh.device_type!r}).")
+
+
+def _divisible(plan: Plan, mesh: DeviceMesh | None) -> Iterator[Problem]:
+    """Every rank holds as many experts of a layer as every other."""
+    if mesh is None:
+        return
+    ranks = mesh["ep"].size()
+    for pattern in plan.patterns:
+        for site in pattern.sites if pattern.backend and can_split(pattern.site) else ():
+            experts = KINDS[site.kind].computes(site.spec).num_experts
+            if experts % ranks:
+                divisors = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+                text = f"its {experts} experts cannot be spread over {ranks} ranks (ep={ranks})."
+                yield Problem("mesh", site.fqn, text, f"Choose an ep that divides {experts}: {divisors}.")
 
 
 def _compiled(model: nn.Module) -> Iterator[Problem]:

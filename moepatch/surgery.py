@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -75,16 +75,63 @@ class InjectClass:
         del self.module._moepatch
 
 
+@dataclass
+class ReplaceState:
+    """The step that gives a patched module another mixin and state, over the same class.
+
+    Attributes:
+        module: a patched module.
+        mixin, state: the new ones.
+        before: the old ones.
+    """
+
+    module: nn.Module
+    mixin: type[Patched]
+    state: Any
+    before: tuple[type, Any] | None = None
+
+    def do(self) -> None:
+        """Replaces."""
+        self.before = type(self.module), self.module._moepatch
+        self.module._moepatch = self.state
+        self.module.__class__ = patched_class(self.mixin, original_class(self.module))
+
+    def undo(self) -> None:
+        """Puts the earlier mixin and state back."""
+        self.module.__class__, self.module._moepatch = self.before
+
+
+class Step(Protocol):
+    """Something that was done to a model and can be undone."""
+
+    def do(self) -> None: ...
+
+    def undo(self) -> None: ...
+
+
+@runtime_checkable
+class Committing(Step, Protocol):
+    """A step that holds more than it needs until all steps have succeeded."""
+
+    def commit(self) -> None: ...
+
+
 class Journal:
     """Steps that were done, so that they can be undone in reverse order."""
 
     def __init__(self):
-        self.steps: list[InjectClass] = []
+        self.steps: list[Step] = []
 
-    def do(self, step: InjectClass) -> None:
+    def do(self, step: Step) -> None:
         """Does a step and remembers it. A step that fails half-way is undone by the step itself or did nothing yet."""
         step.do()
         self.steps.append(step)
+
+    def commit(self) -> None:
+        """Lets steps release what only a failure would have needed. After it, undoing a sharded model communicates."""
+        for step in self.steps:
+            if isinstance(step, Committing):
+                step.commit()
 
     def undo(self) -> None:
         """Undoes everything, last step first."""

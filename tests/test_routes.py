@@ -34,7 +34,7 @@ def test_rows_are_grouped_by_expert_in_the_order_of_tokens(case):
     assert routes.order_R.tolist() == [r for rows in by_expert for r in rows] + sentinels
     assert routes.offs_E.tolist() == [sum(len(rows) for rows in by_expert[: e + 1]) for e in range(experts)]
     assert routes.offs_E.dtype == torch.int32
-    assert routes.row_R[routes.order_R].tolist() == list(range(ids.numel()))
+    assert routes.row_S[routes.order_R].tolist() == list(range(ids.numel()))
 
 
 @given(routings(), st.sampled_from([1, 3, 8]))
@@ -72,7 +72,7 @@ def test_gradients_are_the_transposed_movement(case):
     weights_R = permute_weights(weights_TK, routes)
     weights_R.backward(grad_R)
     valid = (ids >= 0) & (ids < experts)
-    assert torch.equal(weights_TK.grad, torch.where(valid, grad_R[routes.row_R].view(ids.shape), 0))
+    assert torch.equal(weights_TK.grad, torch.where(valid, grad_R[routes.row_S].view(ids.shape), 0))
     assert torch.equal(weights_R, torch.where(valid, weights_TK, 0).flatten()[routes.order_R])
 
 

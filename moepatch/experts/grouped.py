@@ -35,7 +35,7 @@ class _Operands(NamedTuple):
 def grouped_experts(x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, weights: ExpertWeights) -> Tensor:
     """``y_TH``: every token through its experts. Same arguments and result as `reference.reference_experts`."""
     spec = weights.spec
-    routes = sort_routes(topk_ids_TK, spec.num_experts)
+    routes = sort_routes(topk_ids_TK, spec.num_experts, weights.rows)
     weights_R = permute_weights(topk_weights_TK.to(_wide(topk_weights_TK.dtype)), routes)
     norm = weights.post_norm
     out_RH = _GroupedMLP.apply(x_TH, weights_R if norm is None else None, weights, *routes, *_operands(weights))

@@ -52,14 +52,19 @@ class PatchedExperts(Patched):
             args = inspect.signature(original_class(self).forward).bind(self, *args, **kwargs).args[1:]
         hidden_states, topk_ids, topk_weights = args
         spec = self._moepatch.spec
-        x_TH = hidden_states.flatten(0, -2)
-        topk_ids_TK, topk_weights_TK = topk_ids.flatten(0, -2), topk_weights.flatten(0, -2)
-        weights = ExpertWeights(self, spec, own_gate(self, spec), _compute_dtype(self, spec, x_TH.device))
-        run = compute("experts", self._moepatch.backend)
-        y_TH = run(x_TH.to(weights.dtype), topk_ids_TK, topk_weights_TK, weights).to(hidden_states.dtype)
+        x_TH, topk_ids_TK, topk_weights_TK = hidden_states.flatten(0, -2), topk_ids.flatten(0, -2), topk_weights.flatten(0, -2)
+        dtype = _compute_dtype(self, spec, x_TH.device)
+        y_TH = self._through_experts(x_TH.to(dtype), topk_ids_TK, topk_weights_TK).to(hidden_states.dtype)
         if spec.identity_experts:
             y_TH = y_TH + _identity(x_TH, topk_ids_TK, topk_weights_TK, spec)
         return y_TH.view(hidden_states.shape)
+
+    def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None) -> Tensor:
+        """The experts' weighted sum, in the dtype of `x_TH`."""
+        spec = self._moepatch.spec
+        weights = ExpertWeights(self, spec, own_gate(self, spec), x_TH.dtype, rows)
+        run = compute("experts", self._moepatch.backend)
+        return run(x_TH, topk_ids_TK, topk_weights_TK, weights)
 
 
 def own_gate(module: nn.Module, spec: ExpertsSpec):

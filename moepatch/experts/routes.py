@@ -18,14 +18,14 @@ class Routes(NamedTuple):
 
     Attributes:
         order_R: for each sorted row, its slot ``t*K + k`` in the router's choice.
-        row_R: the inverse: for each slot, its sorted row.
+        row_S: the inverse: for each of the S = T*K slots, its sorted row.
         offs_E: int32, the end of each expert's rows: expert e owns rows ``offs[e-1] … offs[e]-1``.
         expert_R: for each sorted row its expert, E for a sentinel.
         top_k: K.
     """
 
     order_R: Tensor
-    row_R: Tensor
+    row_S: Tensor
     offs_E: Tensor
     expert_R: Tensor
     top_k: int
@@ -36,12 +36,13 @@ class Routes(NamedTuple):
         return torch.div(self.order_R, self.top_k, rounding_mode="floor")
 
 
-def sort_routes(topk_ids_TK: Tensor, num_experts: int) -> Routes:
+def sort_routes(topk_ids_TK: Tensor, num_experts: int, rows: int | None = None) -> Routes:
     """Sorts the router's choice by expert.
 
     Args:
         topk_ids_TK: integer ids ``[T, K]``; any id outside ``0 … num_experts-1`` means "no expert". Duplicates are allowed.
         num_experts: E.
+        rows: how many ids are not sentinels, if the host knows: then R is this, and sentinels have no rows at all.
 
     The sort is stable, so that a recomputation (activation checkpointing) sees the same order.
     """
@@ -50,9 +51,9 @@ def sort_routes(topk_ids_TK: Tensor, num_experts: int) -> Routes:
     expert_R, order_R = torch.sort(ids_R, stable=True)
     edges_E = torch.arange(num_experts, device=ids_R.device, dtype=ids_R.dtype)
     offs_E = torch.searchsorted(expert_R, edges_E, right=True).to(torch.int32)
-    row_R = torch.empty_like(order_R)
-    row_R[order_R] = torch.arange(order_R.numel(), device=order_R.device, dtype=order_R.dtype)
-    return Routes(order_R, row_R, offs_E, expert_R, topk_ids_TK.shape[-1])
+    row_S = torch.empty_like(order_R)
+    row_S[order_R] = torch.arange(order_R.numel(), device=order_R.device, dtype=order_R.dtype)
+    return Routes(order_R[:rows], row_S, offs_E, expert_R[:rows], topk_ids_TK.shape[-1])
 
 
 def gather_rows(x_TH: Tensor, routes: Routes) -> Tensor:
@@ -62,11 +63,19 @@ def gather_rows(x_TH: Tensor, routes: Routes) -> Tensor:
 
 def sum_rows(x_RH: Tensor, routes: Routes) -> Tensor:
     """``y_TH``: for each token the sum of its rows, sentinels left out; accumulated in fp32 and rounded once."""
-    routed_RH = x_RH.index_select(0, routes.row_R)
+    tokens = routes.row_S.numel() // routes.top_k
+    if x_RH.shape[0] == 0:
+        return x_RH.new_zeros(tokens, x_RH.shape[1])
+    routed_SH = _rows_of_slots(x_RH, routes)
+    return routed_SH.view(tokens, routes.top_k, x_RH.shape[1]).sum(dim=1)
+
+
+def _rows_of_slots(x_RH: Tensor, routes: Routes) -> Tensor:
+    """For each slot its row, 0 for sentinels."""
+    routed_SH = x_RH.index_select(0, routes.row_S.clamp(max=x_RH.shape[0] - 1))
     # The number of rows with an expert is compared on the device: reading its value here would wait for it.
-    routed_RH.masked_fill_((routes.row_R >= routes.offs_E[-1]).unsqueeze(-1), 0)
-    tokens = x_RH.shape[0] // routes.top_k
-    return routed_RH.view(tokens, routes.top_k, x_RH.shape[1]).sum(dim=1)
+    sentinel_S = routes.row_S >= routes.offs_E[-1]
+    return routed_SH.masked_fill_(sentinel_S.view(-1, *[1] * (x_RH.ndim - 1)), 0)
 
 
 class _Unpermute(torch.autograd.Function):
@@ -96,8 +105,9 @@ class _PermuteWeights(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_R):
         routes = Routes(*ctx.saved_tensors, ctx.top_k)
-        grad_R = grad_R.masked_fill(_sentinels(routes), 0)
-        return grad_R.index_select(0, routes.row_R).view(-1, routes.top_k), *(None for _ in routes)
+        slots = routes.row_S.numel()
+        grad_S = _rows_of_slots(grad_R, routes) if grad_R.shape[0] else grad_R.new_zeros(slots)
+        return grad_S.view(slots // routes.top_k, routes.top_k), *(None for _ in routes)
 
 
 def permute_weights(weights_TK: Tensor, routes: Routes) -> Tensor:

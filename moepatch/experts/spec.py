@@ -49,6 +49,10 @@ class ExpertsSpec:
             layout=self.layout.resized(sizes),
         )
 
+    def with_experts(self, count: int) -> ExpertsSpec:
+        """The same computation with `count` of the experts: a rank's share."""
+        return replace(self, num_experts=count, layout=self.layout.resized({self.num_experts: count}))
+
     @property
     def params_per_expert(self) -> int:
         """Weights of one expert, biases included."""
@@ -85,12 +89,14 @@ class ExpertWeights(NamedTuple):
         spec: what it computes.
         own_gate: the family's gate ``[R, 2I] -> [R, I]`` in the family's own form; used when the activation is ``own``.
         dtype: of the GEMMs; operands are cast to it (autocast), which is free where they have it.
+        rows: how many ids of the call name an expert, if the host knows; a backend may use it to make its buffers smaller.
     """
 
     module: nn.Module
     spec: ExpertsSpec
     own_gate: Callable[[Tensor], Tensor] | None
     dtype: torch.dtype
+    rows: int | None = None
 
     @property
     def post_norm(self) -> Callable[[Tensor], Tensor] | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .ops import Concat, Deinterleave, Interleave, Op, Transpose, Unflatten, apply_chain, invert
 
@@ -132,8 +133,9 @@ def flat_layout(*, gate: str, up: str, down: str, num_experts: int) -> ExpertsLa
 
 
 def resolve(module: nn.Module, path: str) -> Tensor:
-    """The tensor at a dotted path below `module`, through properties (so that parametrizations are seen)."""
+    """The tensor at a dotted path below `module`, through properties (so that parametrizations are seen); this rank's part of a DTensor."""
     *parents, name = path.split(".")
     for parent in parents:
         module = getattr(module, parent)
-    return getattr(module, name)
+    tensor = getattr(module, name)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,1 @@
+"""Several devices: the mesh, sharding, gradients, loading and saving."""

@@ -1,0 +1,112 @@
+"""From a patched model on every rank to one sharded model: experts over `ep`, everything else by FSDP2 over all ranks of a replica."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import registry
+from ..errors import BackendUnavailable
+from ..experts.module import ExpertsState
+from ..experts.scored_block import ScoredBlockSpec
+from ..plan import Plan
+from ..site import Site
+from ..surgery import Journal, ReplaceState
+from .experts import PatchedShardedExperts, ShardedState
+from .mesh import Meshes, resolve
+from .shard import FullyShard, ShardExperts
+
+
+def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: str, fsdp: bool, journal: Journal) -> None:
+    """Shards a model whose sites are patched; every step goes on the journal. No step communicates.
+
+    Args:
+        model: the whole model on this rank, or a model on the meta device.
+        plan: what was patched.
+        mesh: valid for the plan (see `check`).
+        dispatch: the name of the dispatcher.
+        fsdp: shard dense parameters as well.
+        journal: of the patch.
+    """
+    meshes = resolve(mesh)
+    sharded = [_split(model, site, meshes, dispatch, journal) for p in plan.patterns if p.backend for site in p.sites if can_split(site)]
+    if meshes.experts is not None:
+        for module in sharded:
+            if meshes.experts.ndim > 1 or meshes.experts.size() > 1:
+                others = {p for p in module.parameters() if not hasattr(p, "device_mesh")}
+                journal.do(FullyShard(module, meshes.experts, others))
+    if fsdp:
+        ignored = {p for module in sharded for p in module.parameters() if hasattr(p, "device_mesh")}
+        for unit in _units(model):
+            journal.do(FullyShard(unit, meshes.dense, ignored))
+        # Embeddings, final norm and head stay gathered between forward and backward: they are used at both ends of it.
+        journal.do(FullyShard(model, meshes.dense, ignored, reshard_after_forward=False))
+
+
+def choose_dispatcher(mesh: DeviceMesh) -> str:
+    """The preferred dispatcher that can serve on a mesh.
+
+    Raises:
+        BackendUnavailable: none can; the message says why.
+    """
+    device = torch.device(mesh.device_type)
+    reasons = []
+    for candidate in registry.backends("dispatch"):
+        reason = candidate.why_not(None, torch.bfloat16, device)
+        if reason is None:
+            return candidate.name
+        reasons.append(f"{candidate.name}: {reason}")
+    raise BackendUnavailable(f"No dispatcher can serve on this mesh: {'; '.join(reasons)}.")
+
+
+def can_split(site: Site) -> bool:
+    """Whether a site's experts can live on different ranks; the others are sharded like dense parameters."""
+    return why_whole(site) is None
+
+
+def why_whole(site: Site) -> str | None:
+    """Why the experts of a site stay together, or None."""
+    if site.kind == "parallel_linear":
+        return "they are called with rows that the family has sorted already"
+    spec = _experts_spec(site)
+    if spec.identity_experts:
+        return "some of its experts are the identity and have no weights to split"
+    if spec.post_norm is not None:
+        return "a norm that all experts share stands behind each of them"
+    return None
+
+
+def _experts_spec(site: Site):
+    return site.spec.experts if isinstance(site.spec, ScoredBlockSpec) else site.spec
+
+
+def _experts_name(site: Site) -> str:
+    return f"{site.fqn}.{site.spec.experts_name}" if isinstance(site.spec, ScoredBlockSpec) else site.fqn
+
+
+def _split(model: nn.Module, site: Site, meshes: Meshes, dispatch: str, journal: Journal) -> nn.Module:
+    """One experts module: its parameters become DTensors, its forward dispatches."""
+    module = model.get_submodule(_experts_name(site))
+    whole: ExpertsState = module._moepatch
+    ranks = meshes.ep.size()
+    state = ShardedState(
+        spec=whole.spec.with_experts(whole.spec.num_experts // ranks),
+        backend=whole.backend,
+        implementation=whole.implementation,
+        num_experts=whole.spec.num_experts,
+        dispatcher=registry.compute("dispatch", dispatch)(meshes.ep.get_group(), whole.spec.num_experts),
+        ranks=ranks,
+    )
+    journal.do(ShardExperts(module, whole.spec.layout.parameter_names(), meshes.ep))
+    journal.do(ReplaceState(module, PatchedShardedExperts, state))
+    return module
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP2 gathers one at a time: the elements of the outermost lists of modules, such as decoder layers."""
+    units: list[nn.Module] = []
+    for child in model.children():
+        elements = list(child) if isinstance(child, nn.ModuleList) else []
+        units += [e for e in elements if next(e.parameters(), None) is not None] if elements else _units(child)
+    return list({id(unit): unit for unit in units}.values())

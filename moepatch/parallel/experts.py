@@ -1,0 +1,62 @@
+"""The experts module of one rank: dispatch, this rank's experts, combine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..dispatch.base import Dispatcher
+from ..experts.module import ExpertsState, PatchedExperts
+
+
+@dataclass(frozen=True)
+class ShardedState(ExpertsState):
+    """`spec` is this rank's share; see `experts.module.ExpertsState`.
+
+    Attributes:
+        num_experts: of all ranks together.
+        dispatcher: moves tokens between the ranks of one set of experts.
+        ranks: how many ranks share the set (ep).
+    """
+
+    num_experts: int
+    dispatcher: Dispatcher
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"{self.spec.describe()} of {self.num_experts}, backend={self.backend}, {self.dispatcher.name} ep={self.ranks}"
+
+
+class PatchedShardedExperts(PatchedExperts):
+    """Takes the tokens of this rank and returns their results, wherever their experts live. Every rank has to call it.
+
+    Gradients: every rank's loss counts 1/ranks of the whole, because data parallelism averages gradients over ranks. An expert's weight is
+    averaged over those ranks that hold a copy of it, but gets gradients from the tokens of all `ranks` that share it, so they are divided by
+    `ranks` here: on their way in, where it costs a pass over the tokens instead of one over the weights; what goes on to tokens and routing
+    weights is multiplied back.
+    """
+
+    _moepatch: ShardedState
+
+    def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None) -> Tensor:
+        state = self._moepatch
+        received = state.dispatcher.dispatch(x_TH, topk_ids_TK, topk_weights_TK)
+        x_NH = _ScaleGradient.apply(received.x_NH, float(state.ranks))
+        weights_NK = _ScaleGradient.apply(received.weights_NK, float(state.ranks))
+        y_NH = super()._through_experts(x_NH, received.ids_NK, weights_NK, received.rows)
+        return state.dispatcher.combine(_ScaleGradient.apply(y_NH, 1 / state.ranks), received.handle)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, with a gradient times `factor`."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None

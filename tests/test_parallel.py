@@ -1,0 +1,76 @@
+"""Expert parallelism and FSDP2 on gloo ranks: the same numbers as one process, parameter by parameter."""
+
+from __future__ import annotations
+
+import compare
+import pytest
+import torch
+import torch.distributed as dist
+import zoo
+from ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import moepatch
+
+MESHES = {
+    "ep2": {"ep": 2},
+    "ep4": {"ep": 4},
+    "shard2 x ep2": {"dp_shard": 2, "ep": 2},
+    "replicate2 x ep2": {"dp_replicate": 2, "ep": 2},
+}
+FAMILIES = ["qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v3", "mixtral"]
+
+
+def mesh_of(dims):
+    return init_device_mesh("cpu", tuple(dims.values()), mesh_dim_names=tuple(dims))
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def batch(name, model, rank, **options):
+    """Every rank's own tokens."""
+    return zoo.inputs(name, model, seed=100 + rank, **options)
+
+
+def reference(name, ranks, inputs=batch, adapt=None):
+    """One process: logits of every rank's batch, and the gradients of the mean of the ranks' losses."""
+    model = zoo.build(name)
+    if adapt is not None:
+        adapt(model)
+    logits = []
+    for rank in range(ranks):
+        output = model(**inputs(name, model, rank))
+        (zoo.loss(output) / ranks).backward()
+        logits.append(output.logits.detach())
+    return logits, {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+
+
+def check_gradients(model, truths, limit=1e-5):
+    for key, p in model.named_parameters():
+        if key not in truths or truths[key] is None:
+            continue
+        assert p.grad is not None, f"{key} has no gradient"
+        error = compare.error(whole(p.grad), truths[key])
+        assert error <= limit, f"{key}: {error:.1e}"
+
+
+def train_step(names, dims):
+    for name in names:
+        logits, grads = reference(name, dist.get_world_size())
+        model = moepatch.optimize(zoo.build(name), mesh_of(dims))
+        output = model(**batch(name, model, dist.get_rank()))
+        assert compare.error(output.logits, logits[dist.get_rank()]) <= 1e-6, name
+        zoo.loss(output).backward()
+        check_gradients(model, grads)
+        experts = [p for key, p in model.named_parameters() if key.endswith("experts.down_proj")]
+        assert all(isinstance(p, DTensor) and "ep" in p.device_mesh.mesh_dim_names for p in experts)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_logits_and_gradients_are_those_of_one_process(mesh):
+    dims = MESHES[mesh]
+    on_ranks(torch.Size(dims.values()).numel(), train_step, FAMILIES, dims)
