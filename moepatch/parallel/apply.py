@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .. import registry
 from ..errors import BackendUnavailable
@@ -34,12 +35,14 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: str, fsdp: b
     if meshes.experts is not None:
         for module in sharded:
             if meshes.experts.ndim > 1 or meshes.experts.size() > 1:
-                others = {p for p in module.parameters() if not hasattr(p, "device_mesh")}
+                others = {p for p in module.parameters() if not isinstance(p, DTensor)}
                 journal.do(FullyShard(module, meshes.experts, others))
     if fsdp:
-        ignored = {p for module in sharded for p in module.parameters() if hasattr(p, "device_mesh")}
+        ignored = {p for module in sharded for p in module.parameters() if isinstance(p, DTensor)}
         for unit in _units(model):
+            _shard_odd_dtypes(unit, meshes.dense, ignored, journal)
             journal.do(FullyShard(unit, meshes.dense, ignored))
+        _shard_odd_dtypes(model, meshes.dense, ignored, journal)
         # Embeddings, final norm and head stay gathered between forward and backward: they are used at both ends of it.
         journal.do(FullyShard(model, meshes.dense, ignored, reshard_after_forward=False))
 
@@ -101,6 +104,21 @@ def _split(model: nn.Module, site: Site, meshes: Meshes, dispatch: str, journal:
     journal.do(ShardExperts(module, whole.spec.layout.parameter_names(), meshes.ep))
     journal.do(ReplaceState(module, PatchedShardedExperts, state))
     return module
+
+
+def _shard_odd_dtypes(unit: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> None:
+    """Gives modules whose dtype is not that of most of the unit (norms and routers kept in fp32) units of their own: FSDP2 wants one dtype."""
+    counts: dict[torch.dtype, int] = {}
+    owners: dict[int, tuple[nn.Module, set[torch.dtype]]] = {}
+    for module in unit.modules():
+        for p in module._parameters.values():
+            if p is not None and p.requires_grad and p not in ignored and not isinstance(p, DTensor):
+                counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
+                owners.setdefault(id(module), (module, set()))[1].add(p.dtype)
+    usual = max(counts, key=counts.get, default=None)
+    for module, dtypes in owners.values():
+        if dtypes != {usual} and module is not unit:
+            journal.do(FullyShard(module, mesh, ignored))
 
 
 def _units(model: nn.Module) -> list[nn.Module]:

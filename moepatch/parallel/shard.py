@@ -36,7 +36,10 @@ class Held:
     def put_back(self) -> None:
         """The original object with the current values; gathers them if they were released. Gradients are dropped."""
         now = self.module._parameters[self.name]
-        if self.released:
+        if self.parameter.device.type == "meta" and now.device.type != "meta":
+            # Born without data and filled since: there is no earlier object with values to go back to.
+            self.parameter = nn.Parameter(now.detach().full_tensor() if isinstance(now, DTensor) else now.detach())
+        elif self.released:
             self.parameter.data = now.detach().full_tensor() if isinstance(now, DTensor) else now.detach()
             self.parameter.grad = None
             self.released = False
