@@ -20,6 +20,7 @@ from .kinds import KINDS
 from .match.experts import implementation
 from .parallel.agree import together
 from .parallel.apply import choose_dispatcher, shard, why_whole
+from .parallel.memory import why_not_whole
 from .plan import Pattern, Plan
 from .report import Report
 from .surgery import InjectClass, Journal, Patched
@@ -35,6 +36,7 @@ class _Patch:
 
     report: Report
     journal: Journal
+    mesh: DeviceMesh | None = None
 
 
 def optimize(
@@ -92,7 +94,7 @@ def optimize(
         journal.undo()
         raise
     journal.commit()
-    model.__dict__["_moepatch_patch"] = _Patch(Report(chosen, verified, _notes(chosen, verified, verify, mesh), seconds), journal)
+    model.__dict__["_moepatch_patch"] = _Patch(Report(chosen, verified, _notes(chosen, verified, verify, mesh), seconds), journal, mesh)
     return model
 
 
@@ -145,12 +147,20 @@ def _outermost_pretrained(module: nn.Module) -> list[nn.Module]:
 def restore(model: Model) -> Model:
     """Undoes `optimize`: the original classes, parameters and hooks, with the trained weights. Returns the same object.
 
-    A model that is not patched is returned as it is, with a warning.
+    A sharded model is gathered: every rank has to call it, and every rank has the whole model afterwards, without gradients. A model that
+    is not patched is returned as it is, with a warning.
+
+    Raises:
+        MoePatchError: the whole model does not fit a rank; nothing was changed.
     """
     patch = patch_of(model)
     if patch is None:
         warnings.warn("moepatch.restore: this model is not patched; nothing to do.", stacklevel=2)
         return model
+    with together("restore()", patch.mesh):
+        reason = why_not_whole(model) if patch.mesh is not None else None
+        if reason is not None:
+            raise MoePatchError(f"restore() gathers the model on every rank, but {reason}. Save it with save_pretrained instead.")
     patch.journal.undo()
     del model.__dict__["_moepatch_patch"]
     return model
