@@ -64,6 +64,13 @@ def _all_to_all():
     return AllToAll
 
 
+@register_backend("dispatch", "local", rank=0, serves="one rank with all experts (ep=1)")
+def _local():
+    from .dispatch.local import Local
+
+    return Local
+
+
 #: Libraries that later versions will use, with the module that each provides and how it is installed.
 OPTIONAL_LIBRARIES = {
     "quack": ("quack", "pip install moepatch[quack]"),

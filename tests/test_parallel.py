@@ -15,6 +15,7 @@ import moepatch
 
 MESHES = {
     "ep2": {"ep": 2},
+    "shard2": {"dp_shard": 2, "ep": 1},
     "ep4": {"ep": 4},
     "shard2 x ep2": {"dp_shard": 2, "ep": 2},
     "replicate2 x ep2": {"dp_replicate": 2, "ep": 2},

@@ -62,6 +62,7 @@ class _GroupedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TH, weights_R, weights: ExpertWeights, *tensors):
+        """`tensors` are the five of `Routes` and the five of `_Operands`."""
         routes, operands = Routes(*tensors[:5]), _Operands(*tensors[5:])
         x_RH = gather_rows(x_TH, routes)
         if weights.spec.scale_input:
@@ -81,6 +82,7 @@ class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_RH):
+        """Recomputes rows and activation; every gradient that nobody needs is left out."""
         x_TH, weights_R, *saved = ctx.saved_tensors
         routes, operands, pre = Routes(*saved[:4], ctx.top_k), _Operands(*saved[4:9]), tuple(saved[9:])
         needs_x, needs_weights, _, *needs = ctx.needs_input_grad

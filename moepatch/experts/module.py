@@ -46,6 +46,7 @@ class PatchedExperts(Patched):
     _moepatch: ExpertsState
 
     def forward(self, *args, **kwargs):
+        """See the class; keywords go by the family's own names."""
         if _stands_aside(self):
             return super().forward(*args, **kwargs)
         if kwargs:

@@ -61,6 +61,7 @@ class PatchedScoredBlock(Patched):
     _moepatch: BlockState
 
     def forward(self, hidden_states):
+        """See the class."""
         spec = self._moepatch.spec
         x_TH = hidden_states.flatten(0, -2)
         scores_TE, logits = self.get_submodule(spec.router_name)(x_TH)

@@ -53,9 +53,13 @@ def choose_dispatcher(mesh: DeviceMesh) -> str:
     Raises:
         BackendUnavailable: none can; the message says why.
     """
+    if mesh["ep"].size() == 1:
+        return "local"
     device = torch.device(mesh.device_type)
     reasons = []
     for candidate in registry.backends("dispatch"):
+        if candidate.name == "local":
+            continue
         reason = candidate.why_not(None, torch.bfloat16, device)
         if reason is None:
             return candidate.name

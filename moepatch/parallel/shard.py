@@ -57,6 +57,7 @@ class ShardExperts:
     held: list[Held] = field(default_factory=list)
 
     def do(self) -> None:
+        """Splits, without communication: every rank has the whole and keeps its share."""
         rank, ranks = self.mesh.get_local_rank(), self.mesh.size()
         for path in self.names:
             parent, _, name = path.rpartition(".")
@@ -69,10 +70,12 @@ class ShardExperts:
             owner._parameters[name] = nn.Parameter(placed, requires_grad=whole.requires_grad)
 
     def commit(self) -> None:
+        """Frees the whole parameters."""
         for held in self.held:
             held.release()
 
     def undo(self) -> None:
+        """Puts the whole parameters back."""
         while self.held:
             self.held.pop().put_back()
 
@@ -94,6 +97,7 @@ class FullyShard:
     committed: bool = False
 
     def do(self) -> None:
+        """Shards, and writes down what that changed."""
         inner = {id(p) for m in self.module.modules() if isinstance(m, FSDPModule) for p in m.parameters()}
         for module in self.module.modules():
             parameters = module._parameters.items()
@@ -103,6 +107,7 @@ class FullyShard:
         self.changed = [(module, cls, set(vars(module)) - attributes) for module, cls, attributes in before]
 
     def commit(self) -> None:
+        """Frees the whole parameters."""
         self.committed = True
         for held in self.held:
             # Experts are released by the step that split them: this one holds only their share.
@@ -110,6 +115,7 @@ class FullyShard:
                 held.release()
 
     def undo(self) -> None:
+        """Puts back parameters, classes, attributes and hooks."""
         if isinstance(self.module, FSDPModule):
             self.module.reshard()
         while self.held:
