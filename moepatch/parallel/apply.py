@@ -100,7 +100,7 @@ def _split(model: nn.Module, site: Site, meshes: Meshes, dispatch: str, journal:
     state = ShardedState(
         spec=whole.spec.with_experts(whole.spec.num_experts // ranks),
         backend=whole.backend,
-        implementation=whole.implementation,
+        implementation=None,  # transformers' own functions know nothing of experts on other ranks, so there is nothing to stand aside for
         num_experts=whole.spec.num_experts,
         dispatcher=registry.compute("dispatch", dispatch)(meshes.ep.get_group(), whole.spec.num_experts),
         ranks=ranks,
