@@ -22,6 +22,7 @@ from .errors import (
 )
 from .inspection import Inspection, inspect
 from .parallel.clip import clip_grad_norm_
+from .parallel.load import load_checkpoint
 from .parallel.mesh import make_mesh
 from .plan import Plan
 from .registry import register_backend, register_matcher
@@ -44,6 +45,7 @@ __all__ = [
     "Report",
     "clip_grad_norm_",
     "inspect",
+    "load_checkpoint",
     "make_mesh",
     "optimize",
     "plan",

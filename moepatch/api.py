@@ -80,6 +80,8 @@ def optimize(
     seconds: dict[str, float] = {}
     with together("optimize()", mesh), _timed(seconds, "plan"):
         chosen = _checked_plan(model, mesh, plan, optimizer, overrides)
+    if mesh is not None and dispatch is None:
+        dispatch = choose_dispatcher(chosen, mesh)
     journal = Journal()
     try:
         with together("optimize()", mesh):
@@ -87,9 +89,10 @@ def optimize(
                 apply(model, chosen, journal)
             with _timed(seconds, "verify"):
                 verified = tuple(verify_pattern(model, p) for p in chosen.patterns if p.backend) if verify else ()
+            relayout(model, chosen, journal)
             if mesh is not None:
                 with _timed(seconds, "shard"):
-                    shard(model, chosen, mesh, dispatch or choose_dispatcher(mesh), fsdp, journal)
+                    shard(model, chosen, mesh, dispatch, fsdp, journal)
     except BaseException:
         journal.undo()
         raise
@@ -134,6 +137,14 @@ def apply(model: nn.Module, plan: Plan, journal: Journal) -> None:
     count = len(journal.steps)
     for pretrained in _outermost_pretrained(model):
         journal.do(InjectClass(pretrained, PatchedModel, ModelState(count)))
+
+
+def relayout(model: nn.Module, plan: Plan, journal: Journal) -> None:
+    """Moves weights whose layout has to change. Last: until then a patched module can be compared with the module it was."""
+    for pattern in plan.patterns:
+        for site in pattern.sites if pattern.backend is not None else ():
+            for step in KINDS[site.kind].relayout(model.get_submodule(site.fqn), site.spec):
+                journal.do(step)
 
 
 def _outermost_pretrained(module: nn.Module) -> list[nn.Module]:

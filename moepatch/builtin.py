@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from .experts.gemm import why_not_grouped
 from .experts.parallel_linear import ParallelLinearSpec
-from .match import experts, parallel_linear, scored_block  # noqa: F401  (each registers its matcher)
+from .match import expert_list, experts, parallel_linear, scored_block  # noqa: F401  (each registers its matcher)
 from .registry import register_backend
 
 
@@ -64,6 +64,32 @@ def _all_to_all():
     return AllToAll
 
 
+def _deep_ep_serves(spec, dtype, device):
+    from .dispatch.deep_ep import why_not
+
+    return _needs_process_group(spec, dtype, device) or why_not(spec, dtype, device)
+
+
+@register_backend("dispatch", "deep_ep", rank=50, serves="DeepEP's kernels over NVLink and RDMA: bf16 on Hopper and newer", why_not=_deep_ep_serves)
+def _deep_ep():
+    from .dispatch.deep_ep import DeepEP
+
+    return DeepEP
+
+
+def _symm_mem_serves(spec, dtype, device):
+    from .dispatch.symm_mem import why_not
+
+    return _needs_process_group(spec, dtype, device) or why_not(spec, dtype, device)
+
+
+@register_backend("dispatch", "symm_mem", rank=60, serves="Triton over torch symmetric memory: one host, no host sync", why_not=_symm_mem_serves)
+def _symm_mem():
+    from .dispatch.symm_mem import SymmMem
+
+    return SymmMem
+
+
 @register_backend("dispatch", "local", rank=0, serves="one rank with all experts (ep=1)")
 def _local():
     from .dispatch.local import Local
@@ -76,7 +102,6 @@ OPTIONAL_LIBRARIES = {
     "quack": ("quack", "pip install moepatch[quack]"),
     "te": ("transformer_engine", "pip install moepatch[te]"),
     "liger": ("liger_kernel", "pip install moepatch[liger]"),
-    "deep_ep": ("deep_ep", "built from its own repository, deepseek-ai/DeepEP"),
 }
 
 

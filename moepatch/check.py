@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -43,7 +44,7 @@ def check_plan(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | 
     Raises:
         CheckFailed: with every problem found.
     """
-    problems = [*_divisible(plan, mesh), *_shadowed(model, plan), *_held(model, plan, optimizer)]
+    problems = [*_divisible(plan, mesh), *_adapted(model, plan, mesh), *_shadowed(model, plan), *_held(model, plan, optimizer)]
     if problems:
         raise CheckFailed(tuple(problems))
 
@@ -76,6 +77,21 @@ def _divisible(plan: Plan, mesh: DeviceMesh | None) -> Iterator[Problem]:
                 divisors = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
                 text = f"its {experts} experts cannot be spread over {ranks} ranks (ep={ranks})."
                 yield Problem("mesh", site.fqn, text, f"Choose an ep that divides {experts}: {divisors}.")
+
+
+def _adapted(model: nn.Module, plan: Plan, mesh: DeviceMesh | None) -> Iterator[Problem]:
+    """peft adds an adapter of all experts to the weights in each forward; a rank has some of the experts only."""
+    if mesh is None or "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    scan = Scan(model)
+    for site in (s for p in plan.patterns if p.backend and can_split(p.site) for s in p.sites):
+        holders = [type(parent).__name__ for parent, _ in scan.of(model.get_submodule(site.fqn)).parents if isinstance(parent, BaseTunerLayer)]
+        if holders:
+            text = f"a LoRA adapter of peft ({holders[0]}) on the experts' own parameters cannot be spread over ranks."
+            yield Problem("wrapped", site.fqn, text, "Adapt modules outside the experts (target_modules), or optimize without a mesh.")
+            return
 
 
 def _compiled(model: nn.Module) -> Iterator[Problem]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .experts.expert_list import inject_expert_list, stack_expert_list
 from .experts.module import ExpertsState, PatchedExperts
 from .experts.parallel_linear import ParallelLinearState, PatchedParallelLinear
 from .experts.scored_block import BlockState, PatchedScoredBlock
-from .surgery import Patched
+from .surgery import Patched, Step
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Kind:
         computes: from the spec to the part of it that the backend computes.
         widths: from the spec to H and I, or to the widths of one matrix.
         trial: random positional arguments for one call, from (spec, dtype, device, generator). Floating arguments get gradients.
+        relayout: from the patched module and its spec to steps that move its weights, done when the patch has been verified.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Kind:
     computes: Callable[[Any], Any]
     widths: Callable[[Any], tuple[int, int]]
     trial: Callable[[Any, torch.dtype, torch.device, torch.Generator], tuple]
+    relayout: Callable[[nn.Module, Any], Sequence[Step]] = lambda module, spec: ()
 
 
 _TRIAL_TOKENS = 24
@@ -57,6 +60,11 @@ def _trial_experts(spec, dtype, device, generator):
 
 def _trial_block(spec, dtype, device, generator):
     return (_random((_TRIAL_TOKENS, spec.experts.hidden), dtype, device, generator),)
+
+
+def trial_tokens(hidden, dtype, device, generator) -> Tensor:
+    """Tokens in two sequences ``[B, S, H]``, for blocks that take sequences only."""
+    return _random((2, _TRIAL_TOKENS // 2, hidden), dtype, device, generator)
 
 
 def _trial_parallel_linear(spec, dtype, device, generator):
@@ -111,6 +119,16 @@ KINDS: dict[str, Kind] = {
             computes=lambda spec: spec,
             widths=lambda spec: (spec.in_features, spec.out_features),
             trial=_trial_parallel_linear,
+        ),
+        Kind(
+            name="expert_list",
+            pattern="experts.list",
+            backends="experts",
+            injections=inject_expert_list,
+            computes=lambda spec: spec.experts,
+            widths=lambda spec: (spec.experts.hidden, spec.experts.intermediate),
+            trial=lambda spec, dtype, device, generator: (trial_tokens(spec.experts.hidden, dtype, device, generator),),
+            relayout=stack_expert_list,
         ),
     )
 }

@@ -119,7 +119,7 @@ def test_golden_text(folder):
           model.layers.{0…2}.mlp.experts
         """)
     assert re.search(r"reference +experts", text) and "a loop over the experts" in text
-    assert re.search(r"deep_ep +library", text)
+    assert re.search(r"deep_ep +dispatch", text)
     assert text.endswith("result  every mixture of experts can be patched")
 
 

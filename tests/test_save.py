@@ -84,6 +84,25 @@ def test_what_else_lies_in_the_directory_stays(qwen3, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_variant_is_saved_beside_the_plain_weights(qwen3, tmp_path):
+    model = moepatch.optimize(qwen3)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size="60KB")
+    model.save_pretrained(tmp_path, variant="fp16")
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors*")) == ["model.fp16.safetensors", "model.safetensors"]
+
+
+def test_directories_of_a_save_that_was_killed_after_the_exchange_are_rescued(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    left = checkpoint._stage_path(tmp_path, "out").with_name(checkpoint._stage_path(tmp_path, "out").name.rsplit("-", 1)[0] + "-999999999")
+    (left / "checkpoint-7").mkdir(parents=True)
+    (left / "model.safetensors").touch()
+    with checkpoint.staged(out) as stage:
+        (stage / "model.safetensors").touch()
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-7", "model.safetensors"] and not left.exists()
+
+
 def test_where_the_directory_cannot_be_replaced_its_files_are(qwen3, tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
     out = tmp_path / "out"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .. import registry
+from ..checkpoint import PatchedModel
 from ..errors import BackendUnavailable
+from ..experts.expert_list import ExpertListSpec
 from ..experts.module import ExpertsState
 from ..experts.scored_block import ScoredBlockSpec
 from ..plan import Plan
@@ -17,6 +20,7 @@ from ..surgery import Journal, ReplaceState
 from .experts import PatchedShardedExperts, ShardedState
 from .mesh import Meshes, resolve
 from .shard import FullyShard, ShardExperts
+from .trainer import AnswerTrainer, ShardedModel
 
 
 def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: str, fsdp: bool, journal: Journal) -> None:
@@ -31,6 +35,9 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: str, fsdp: b
         journal: of the patch.
     """
     meshes = resolve(mesh)
+    for pretrained in [m for m in model.modules() if isinstance(m, PatchedModel)]:
+        journal.do(ReplaceState(pretrained, ShardedModel, pretrained._moepatch))
+        journal.do(AnswerTrainer(pretrained.config))
     sharded = [_split(model, site, meshes, dispatch, journal) for p in plan.patterns if p.backend for site in p.sites if can_split(site)]
     if meshes.experts is not None:
         for module in sharded:
@@ -47,24 +54,37 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: str, fsdp: b
         journal.do(FullyShard(model, meshes.dense, ignored, reshard_after_forward=False))
 
 
-def choose_dispatcher(mesh: DeviceMesh) -> str:
-    """The preferred dispatcher that can serve on a mesh.
+def choose_dispatcher(plan: Plan, mesh: DeviceMesh) -> str:
+    """The preferred dispatcher that serves every layer whose experts are split, on every rank. Communicates.
 
     Raises:
-        BackendUnavailable: none can; the message says why.
+        BackendUnavailable: none does; the message says why.
     """
-    if mesh["ep"].size() == 1:
+    group, device = mesh["ep"].get_group(), torch.device(mesh.device_type)
+    if group.size() == 1:
         return "local"
-    device = torch.device(mesh.device_type)
-    reasons = []
-    for candidate in registry.backends("dispatch"):
-        if candidate.name == "local":
-            continue
-        reason = candidate.why_not(None, torch.bfloat16, device)
-        if reason is None:
+    layers = [(_experts_spec(p.site), getattr(torch, p.site.dtype)) for p in plan.patterns if p.backend and can_split(p.site)]
+    candidates = [b for b in registry.backends("dispatch") if b.name != "local"]
+    reasons = {b.name: next((r for spec, dtype in layers if (r := _why_not(b, spec, dtype, device, group))), None) for b in candidates}
+    everywhere: list[dict[str, str | None]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everywhere, reasons)
+    for candidate in candidates:
+        if not any(rank[candidate.name] for rank in everywhere):
             return candidate.name
-        reasons.append(f"{candidate.name}: {reason}")
-    raise BackendUnavailable(f"No dispatcher can serve on this mesh: {'; '.join(reasons)}.")
+    words = "; ".join(f"{name}: {next(rank[name] for rank in everywhere if rank[name])}" for name in reasons)
+    raise BackendUnavailable(f"No dispatcher serves this model on this mesh: {words}.")
+
+
+def _why_not(candidate: registry.Backend, spec, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> str | None:
+    """Why a dispatcher does not serve a layer here: by what it says of layers, or because it refuses the group."""
+    reason = candidate.why_not(spec, dtype, device)
+    if reason is not None:
+        return reason
+    try:
+        registry.compute("dispatch", candidate.name)(group, spec.num_experts)
+    except BackendUnavailable as error:
+        return str(error)
+    return None
 
 
 def can_split(site: Site) -> bool:
@@ -85,11 +105,11 @@ def why_whole(site: Site) -> str | None:
 
 
 def _experts_spec(site: Site):
-    return site.spec.experts if isinstance(site.spec, ScoredBlockSpec) else site.spec
+    return site.spec.experts if isinstance(site.spec, (ScoredBlockSpec, ExpertListSpec)) else site.spec
 
 
 def _experts_name(site: Site) -> str:
-    return f"{site.fqn}.{site.spec.experts_name}" if isinstance(site.spec, ScoredBlockSpec) else site.fqn
+    return f"{site.fqn}.{site.spec.experts_name}" if isinstance(site.spec, (ScoredBlockSpec, ExpertListSpec)) else site.fqn
 
 
 def _split(model: nn.Module, site: Site, meshes: Meshes, dispatch: str, journal: Journal) -> nn.Module:

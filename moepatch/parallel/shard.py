@@ -15,7 +15,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 #: Where FSDP2 registers hooks.
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+#: Where torch keeps what else it knows of a forward hook.
+_HOOK_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 @dataclass
@@ -131,6 +133,8 @@ class FullyShard:
             for hooks in (vars(module)[name] for name in _HOOKS):
                 for key in [key for key, hook in hooks.items() if _is_fsdp(hook)]:
                     del hooks[key]
+                    for flags in _HOOK_FLAGS:
+                        vars(module)[flags].pop(key, None)
         _composable_state._module_state_mapping.pop(self.module, None)
 
 

@@ -1,0 +1,108 @@
+"""Recognises blocks that loop over a list of gated MLPs (see `experts.expert_list`), by their structure and by a trial of a scale model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..experts.expert_list import ExpertListSpec
+from ..experts.spec import ExpertsSpec
+from ..kinds import trial_tokens
+from ..layout.experts import fused_layout
+from ..registry import register_matcher
+from ..replica import random_fill, replica, size_map
+from ..scan import Found, Scan
+from ..site import Refusal, Site
+from .experts import make_site, refusal, takes
+from .probe import candidates, fingerprint, finite_numbers, misfit
+
+
+@register_matcher("expert_list", priority=70)
+def match_expert_list(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None:
+    """See the module's docstring."""
+    block = found.module
+    children = dict(block.named_children())
+    lists = [name for name, child in children.items() if isinstance(child, nn.ModuleList) and len(child) > 1 and _is_gated_mlp(child[0])]
+    routers = [name for name, child in children.items() if _is_linear(child)]
+    if len(children) != 2 or len(lists) != 1 or len(routers) != 1 or not takes(block, 1):
+        return None
+    experts = children[lists[0]]
+    if children[routers[0]].weight.shape[0] != len(experts) or len({fingerprint(expert) for expert in experts}) > 1:
+        return None
+    key = ("expert_list", fingerprint(block))
+    if key not in memo:
+        memo[key] = _read(block, routers[0], lists[0])
+    reading = memo[key]
+    if isinstance(reading, str):
+        return refusal(found, reading)
+    paths = tuple(f"{reading.experts_name}.{path}" for weight in reading.weights().values() for path in weight.names)
+    return make_site(found, "expert_list", reading, paths)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.bias is None
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    """Three linear layers that may be gate, up and down projection, and nothing else with weights."""
+    return len(list(module.parameters())) == 3 and next(_roles(module), None) is not None
+
+
+def _roles(expert: nn.Module) -> Iterator[tuple[str, str, str, int, int]]:
+    """Names of gate, up and down projection in every way that their shapes allow, with H and I."""
+    layers = {name: tuple(m.weight.shape) for name, m in expert.named_children() if _is_linear(m)}
+    for gate, up, down in itertools.permutations(layers) if len(layers) == 3 else ():
+        hidden, intermediate = layers[down]
+        if layers[gate] == layers[up] == (intermediate, hidden):
+            yield gate, up, down, hidden, intermediate
+
+
+def _read(block: nn.Module, router: str, experts: str) -> ExpertListSpec | str:
+    """The spec that computes what the block does, or why there is none."""
+    mlps = block.get_submodule(experts)
+    reason = "it says nowhere how many experts a token has"
+    for gate, up, down, hidden, intermediate in _roles(mlps[0]):
+        # The list keeps its length: a scale model has all experts, but narrow ones. It trains, so that what only training does shows.
+        sizes = size_map(num_experts=len(mlps), hidden=hidden, intermediate=intermediate, experts=len(mlps))
+        small = replica(block, sizes, random_fill(torch.Generator().manual_seed(0))).train()
+        returns_logits = _returns_logits(small, sizes.get(hidden, hidden))
+        if isinstance(returns_logits, str):
+            return returns_logits
+        layout = fused_layout(up="gate_up_proj", down="down_proj", gated=True)
+        numbers = finite_numbers(mlps[0])
+        for activation, top_k, normalised in itertools.product(candidates(True, numbers), _top_k(block, len(mlps)), (True, False)):
+            spec = ExpertListSpec(
+                experts=ExpertsSpec(num_experts=len(mlps), hidden=hidden, intermediate=intermediate, layout=layout, activation=activation),
+                top_k=top_k,
+                normalised=normalised,
+                returns_logits=returns_logits,
+                router_name=router,
+                experts_name=experts,
+                gate_name=gate,
+                up_name=up,
+                down_name=down,
+            )
+            misfitting = misfit(small, "expert_list", spec.resized(sizes), {})
+            if misfitting is None:
+                return spec
+            reason = f"it does not compute a softmax top-k mixture of its experts: {misfitting}"
+    return reason
+
+
+def _returns_logits(block: nn.Module, hidden: int) -> bool | str:
+    try:
+        with torch.no_grad():
+            out = block(trial_tokens(hidden, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0)))
+    except Exception as error:  # a family's code may fail in any way on sizes that are not its own
+        return f"a scale model of it cannot be run ({type(error).__name__}: {error})"
+    if isinstance(out, torch.Tensor):
+        return False
+    return True if isinstance(out, tuple) and len(out) == 2 else f"it returns a {type(out).__name__}"
+
+
+def _top_k(block: nn.Module, num_experts: int) -> list[int]:
+    """Integers of the block that may be the number of experts per token."""
+    return sorted({v for v in vars(block).values() if type(v) is int and 0 < v < num_experts})

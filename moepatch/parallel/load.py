@@ -1,0 +1,178 @@
+"""Filling a model from a checkpoint, each rank reading its own parts only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from ..errors import CheckpointError, MoePatchError
+from .agree import together
+from .pieces import box_of, local_part
+from .recipes import Files, Recipe, checked_recipes, find_files, opened
+from .save import sharding_mesh
+from .twin import computed_buffers, meta_twin
+
+_WHAT = "load_checkpoint()"
+
+
+def load_checkpoint(
+    model: PreTrainedModel, path: str | Path, *, device: str | torch.device | None = None, progress: bool | None = None
+) -> PreTrainedModel:
+    """Fills a model in place. For models too large for one process: build on the meta device, `optimize`, then this.
+
+    Args:
+        model: patched or not, sharded or not, on the meta device or with weights. If sharded, every rank calls this, and each reads no more
+            than the parts that it holds.
+        path: a directory with ``model.safetensors`` or ``model.safetensors.index.json``, per expert or fused.
+        device: for a model on the meta device that is not sharded; the CPU if None. A sharded one goes where its mesh is.
+        progress: a progress bar on rank 0; if None, where stderr is a terminal.
+
+    Returns:
+        The same object.
+
+    Raises:
+        CheckpointError: no checkpoint, missing or additional tensors, other shapes; the model is unchanged. A failure while weights are
+            read puts a model from the meta device back there.
+        RankFailed: another rank failed.
+
+    >>> with torch.device("meta"):                                     # doctest: +SKIP
+    ...     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    >>> model = moepatch.optimize(model, mesh)                         # doctest: +SKIP
+    >>> moepatch.load_checkpoint(model, path)                          # doctest: +SKIP
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise MoePatchError(f"load_checkpoint() fills a transformers model; this is a {type(model).__name__}.")
+    mesh = sharding_mesh(model)
+    rank = dist.get_rank() if mesh is not None else 0
+    with opened() as open_file:
+        with together(_WHAT, mesh):
+            files = Files(open_file, find_files(Path(path), open_file))
+            twin = meta_twin(model)
+            mapping = get_model_conversion_mapping(twin)
+            names = Names.of(model, twin)
+            recipes = checked_recipes(twin, mapping, names.shapes, files)
+            was_meta = any(t.device.type == "meta" for t in [*model.parameters(), *model.buffers()])
+            buffers = computed_buffers(twin) if was_meta else {}
+        try:
+            with together(_WHAT, mesh):
+                if was_meta:
+                    _allocate(model, _device(mesh, device))
+                show = Console(stderr=True).is_terminal if progress is None else progress
+                _fill(model, Names.of(model, twin), twin, recipes, files, show and rank == 0)
+                for name, value in buffers.items():
+                    model.get_buffer(name).copy_(value)
+        except BaseException:
+            # A model that is half filled would run, and compute nonsense.
+            if was_meta:
+                _allocate(model, torch.device("meta"))
+            raise
+    # Saving turns round what loading did.
+    model._weight_conversions = [transform for transform in mapping if transform.was_used()]
+    return model
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where the tensors of the unpatched model are in the model.
+
+    Attributes:
+        shapes: every name, to something with the whole's shape; names of tied weights lead to the same object.
+        direct: those that the model has itself.
+        kept: the others that this rank's state dict has, by the module that translates them, such as a list of experts that is stacked.
+    """
+
+    shapes: dict[str, Tensor]
+    direct: dict[str, Tensor]
+    kept: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, model: nn.Module, twin: nn.Module) -> Names:
+        """Finds them.
+
+        Raises:
+            CheckpointError: the model has parameters that the unpatched one does not have, such as adapters.
+        """
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward leaves the outermost parameters whole
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        found = parameters | dict(model.named_buffers(remove_duplicate=False))
+        expected, modules = twin.state_dict(), dict(model.named_modules(remove_duplicate=False))
+        kept: dict[str, list[str]] = {}
+        for name in model.state_dict():
+            if name in expected and name not in found:
+                path = name
+                while path not in modules:
+                    path = path.rpartition(".")[0]
+                kept.setdefault(path, []).append(name)
+        alien = [name for name in parameters if name not in expected and name.rpartition(".")[0] not in kept]
+        alien = [name for name in alien if local_part(parameters[name]).numel()]
+        if alien:
+            which = f"{len(alien)} parameters that no checkpoint of it has: {', '.join(alien[:5])}"
+            raise CheckpointError(f"The model has {which}. Load the checkpoint before adding them.")
+        direct = {name: tensor for name, tensor in found.items() if name in expected}
+        return cls({name: direct.get(name, shape) for name, shape in expected.items()}, direct, kept)
+
+
+def _fill(model: nn.Module, names: Names, twin: PreTrainedModel, recipes: list[Recipe], files: Files, show: bool) -> None:
+    """Reads and converts what this rank has, one recipe at a time."""
+    module_of = {name: path for path, kept in names.kept.items() for name in kept}
+    waiting: dict[str, dict[str, Tensor]] = {path: {} for path in names.kept}
+    with Progress(console=Console(stderr=True), transient=True, disable=not show) as bar, torch.no_grad():
+        for recipe in bar.track(recipes, description="reading weights"):
+            for name, value in _values(recipe, names, twin, files, module_of).items():
+                if name in names.direct:
+                    local_part(names.direct[name]).copy_(value)
+                elif name in module_of:
+                    path = module_of[name]
+                    waiting[path][name.removeprefix(f"{path}.")] = value
+                    if len(waiting[path]) == len(names.kept[path]):
+                        model.get_submodule(path).load_state_dict(waiting.pop(path), strict=False)
+
+
+def _values(recipe: Recipe, names: Names, twin: PreTrainedModel, files: Files, module_of: dict[str, str]) -> dict[str, Tensor]:
+    """This rank's parts of what a recipe makes; nothing of what it has no part in is read."""
+    into = names.direct.get(recipe.name)
+    sources = [key for key, _ in recipe.sources]
+    device = local_part(into).device if into is not None else torch.device("cpu")
+    if recipe.converter is None:
+        if into is None and recipe.name not in module_of:
+            return {}
+        return {recipe.name: files.read(sources[0], None if into is None else box_of(into), device)}
+    if into is not None and recipe.by_expert() and len(recipe.converter.target_patterns) == 1:
+        box = box_of(into)
+        if box.size[1:] == tuple(into.shape[1:]):
+            keys = recipe.keys_of_rows(box.offset[0], box.offset[0] + box.size[0])
+            return recipe.convert(twin, {key: files.read(key, None, device) for key in keys}) if keys else {}
+    made = recipe.convert(twin, {key: files.read(key, None, device) for key in sources})
+    return {name: value[box_of(names.direct[name]).index] if name in names.direct else value for name, value in made.items()}
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Memory for every parameter and buffer, with tied weights tied."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    model.to_empty(device=device)
+    for (first, first_name), *others in places.values():
+        for module, name in others:
+            module._parameters[name] = first._parameters[first_name]
+
+
+def _device(mesh: DeviceMesh | None, device: str | torch.device | None) -> torch.device:
+    if mesh is None:
+        return torch.device(device or "cpu")
+    kind = mesh.device_type
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())

@@ -1,0 +1,99 @@
+"""What accelerate and transformers' Trainer ask a model before they wrap it: a sharded one answers that it is ready.
+
+Both look for attributes on the model, so nothing of theirs is touched, and the model needs no arguments and no plugin:
+
+- ``_is_accelerate_prepared``: `Accelerator.prepare` returns such a model as it is, in every version;
+- ``is_distributed_loading_by_transformers``: Trainer from 5.23 on leaves placement and reduction to the model, and saves on all ranks;
+- ``no_sync``: gradient accumulation without a reduction after each micro-batch, as on DistributedDataParallel.
+
+Trainer 5.17 saves on rank 0 only, and so cannot save a sharded model by itself: `SaveOnAllRanks` does, in every version. The optimizer's
+state is sharded too, and is not in what either of them saves.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig, TrainerCallback
+from transformers.distributed import DistributedConfig
+
+from ..checkpoint import PatchedModel
+
+
+class ShardedModel(PatchedModel):
+    """A whole ``PreTrainedModel`` whose parameters are spread over ranks."""
+
+    #: Read by Trainer from 5.23 on, where transformers itself has a property of this name.
+    is_distributed_loading_by_transformers = True
+
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        # Under autocast accelerate has to wrap the forward first; what it cannot do to a sharded model it then refuses in its own words.
+        return self.__dict__.get("_accelerate_was_here", False) or not _autocasts()
+
+    @_is_accelerate_prepared.setter
+    def _is_accelerate_prepared(self, value: bool) -> None:
+        self.__dict__["_accelerate_was_here"] = value
+
+    @contextmanager
+    def no_sync(self):
+        """Gradients of the block stay on this rank until the first backward pass after it."""
+        if not isinstance(self, FSDPModule):
+            yield
+            return
+        self.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.set_requires_gradient_sync(True)
+
+
+@dataclass
+class AnswerTrainer:
+    """The step that gives a model's config the ``distributed_config`` which Trainer (from 5.23 on) reads when it accumulates gradients.
+
+    It is the default one, which says that transformers has not sharded anything, and is never saved.
+    """
+
+    config: PreTrainedConfig
+    added: bool = False
+
+    def do(self) -> None:
+        self.added = "distributed_config" not in vars(self.config)
+        if self.added:
+            self.config.distributed_config = DistributedConfig()
+
+    def undo(self) -> None:
+        if self.added:
+            del self.config.distributed_config
+
+
+def _autocasts() -> bool:
+    """Whether accelerate is set up, and to run models under autocast."""
+    try:
+        from accelerate.state import AcceleratorState
+    except ImportError:
+        return False
+    return AcceleratorState._shared_state != {} and AcceleratorState().mixed_precision != "no"
+
+
+class SaveOnAllRanks(TrainerCallback):
+    """Saves a sharded model whenever Trainer is about to, on every rank, into the directory that Trainer would have used.
+
+    >>> Trainer(model, args, callbacks=[SaveOnAllRanks()], …)             # doctest: +SKIP
+    """
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        return self._save(args, state, control, model)
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        return self._save(args, state, control, model)
+
+    def _save(self, args, state, control, model):
+        if control.should_save:
+            model.save_pretrained(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            control.should_save = False
+        return control
