@@ -46,6 +46,7 @@ class PatchedModel(Patched):
     _moepatch: ModelState
 
     def save_pretrained(self, save_directory, *args, **kwargs):
+        """As transformers' own; on all ranks if the model is sharded. The old checkpoint stays whole until the new one is."""
         asked = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs)
         asked.apply_defaults()
         options = asked.arguments

@@ -250,6 +250,7 @@ class Memory2(Memory):
     """As `Memory1`, for ``deep_ep.ElasticBuffer``, which holds all tokens of a dispatch. A token must not name an expert twice."""
 
     def send(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, dispatcher: DeepEP) -> tuple[Tensor, Tensor, Tensor, Flight]:
+        """As `Memory1.send`."""
         # The kernels are compiled for a number of tokens that no rank exceeds: agreed on, and rounded up so that few are compiled.
         most = torch.tensor(x_TH.shape[0], device=x_TH.device)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)

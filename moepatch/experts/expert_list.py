@@ -84,6 +84,7 @@ class PatchedExpertListBlock(Patched):
     _moepatch: ExpertListState
 
     def forward(self, hidden_states):
+        """See the class."""
         spec = self._moepatch.spec
         x_TH = hidden_states.flatten(0, -2)
         logits_TE = self.get_submodule(spec.router_name)(x_TH)
@@ -145,6 +146,7 @@ class StackExperts:
     hooks: list = field(default_factory=list)
 
     def do(self) -> None:
+        """Stacks."""
         parts = {name: [self.module.get_parameter(path) for path in weight.names] for name, weight in self.weights.items()}
         for name, group in parts.items():
             if len({p.requires_grad for p in group}) > 1:
