@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from . import plan as planning
 from .check import check_model, check_plan
 from .checkpoint import ModelState, PatchedModel
+from .dispatch.base import Dispatcher
 from .errors import MoePatchError, NothingMatched, PlanMismatch
 from .kinds import KINDS
 from .match.experts import implementation
 from .parallel.agree import together
-from .parallel.apply import choose_dispatcher, shard, why_whole
+from .parallel.apply import Dispatch, choose_dispatch, shard, why_whole
 from .parallel.memory import why_not_whole
 from .plan import Pattern, Plan
 from .report import Report
@@ -46,7 +49,7 @@ def optimize(
     plan: Plan | None = None,
     verify: bool = True,
     fsdp: bool = True,
-    dispatch: str | None = None,
+    dispatch: str | Callable[[ProcessGroup, int], Dispatcher] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     **overrides: str,
 ) -> Model:
@@ -60,7 +63,8 @@ def optimize(
         plan: an edited plan from `plan(model)`; made here if None.
         verify: try one module of each pattern against the untouched one and roll back if they differ.
         fsdp: with a mesh, shard dense parameters too. With False they stay whole, and averaging their gradients is up to you.
-        dispatch: with a mesh, the name of the dispatcher; chosen if None.
+        dispatch: with a mesh, the name of the dispatcher (`moepatch doctor` lists them), or a function ``(group, num_experts)`` that makes
+            one, such as ``functools.partial(DeepEP, num_sms=24)``. Chosen if None; the report's notes say why.
         optimizer: if given, it is checked that it does not hold parameters that are about to be patched.
         overrides: a backend by table, for example ``experts="reference"``.
 
@@ -80,8 +84,7 @@ def optimize(
     seconds: dict[str, float] = {}
     with together("optimize()", mesh), _timed(seconds, "plan"):
         chosen = _checked_plan(model, mesh, plan, optimizer, overrides)
-    if mesh is not None and dispatch is None:
-        dispatch = choose_dispatcher(chosen, mesh)
+    moved = None if mesh is None else choose_dispatch(chosen, mesh, dispatch)
     journal = Journal()
     try:
         with together("optimize()", mesh):
@@ -92,12 +95,12 @@ def optimize(
             relayout(model, chosen, journal)
             if mesh is not None:
                 with _timed(seconds, "shard"):
-                    shard(model, chosen, mesh, dispatch, fsdp, journal)
+                    shard(model, chosen, mesh, moved, fsdp, journal)
     except BaseException:
         journal.undo()
         raise
     journal.commit()
-    model.__dict__["_moepatch_patch"] = _Patch(Report(chosen, verified, _notes(chosen, verified, verify, mesh), seconds), journal, mesh)
+    model.__dict__["_moepatch_patch"] = _Patch(Report(chosen, verified, _notes(chosen, verified, verify, moved), seconds), journal, mesh)
     return model
 
 
@@ -239,10 +242,11 @@ def _nothing(model: nn.Module, plan: Plan) -> str:
     return f"{name} has no mixture of experts: none of its {sum(1 for _ in model.modules())} modules routes tokens to experts. The model is unchanged."
 
 
-def _notes(plan: Plan, verified: tuple[Verified, ...], verify: bool, mesh: DeviceMesh | None) -> tuple[str, ...]:
+def _notes(plan: Plan, verified: tuple[Verified, ...], verify: bool, moved: Dispatch | None) -> tuple[str, ...]:
     notes = [] if verify else ["not verified: optimize(..., verify=False)"]
     notes += [f"{v.fqn}: {v.note}" for v in verified if v.note]
-    if mesh is not None:
+    if moved is not None:
+        notes.append(f"dispatch: {moved.name} ({moved.why})")
         whole = {p.site.fqn: why_whole(p.site) for p in plan.patterns if p.backend and why_whole(p.site)}
         notes += [f"{fqn}: every rank computes all its experts, because {why}" for fqn, why in whole.items()]
     fallen = {c.backend: c.why_not for p in plan.patterns for c in p.choices if p.backend == "reference" and c.why_not}

@@ -75,3 +75,27 @@ def train_step(names, dims):
 def test_logits_and_gradients_are_those_of_one_process(mesh):
     dims = MESHES[mesh]
     on_ranks(torch.Size(dims.values()).numel(), train_step, FAMILIES, dims)
+
+
+def choices():
+    """What the report says of the dispatcher, for the automatic choice, a name, a function, and a name that cannot serve."""
+    import functools
+
+    from moepatch.dispatch.all_to_all import AllToAll
+
+    notes = []
+    for dispatch in (None, "all_to_all", functools.partial(AllToAll)):
+        model = moepatch.optimize(zoo.build("qwen3_moe"), mesh_of({"ep": 2}), dispatch=dispatch)
+        notes.append(next(note for note in moepatch.report(model).notes if note.startswith("dispatch")))
+    model = zoo.build("qwen3_moe")
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(moepatch.BackendUnavailable, match="symm_mem: needs CUDA GPUs, this is cpu"):
+        moepatch.optimize(model, mesh_of({"ep": 2}), dispatch="symm_mem")
+    assert [type(m) for m in model.modules()] == classes
+    return notes
+
+
+def test_the_dispatcher_is_chosen_and_the_report_says_why_not_another():
+    automatic, named, passed = on_ranks(2, choices)[0]
+    assert automatic.startswith("dispatch: all_to_all (symm_mem: needs CUDA GPUs, this is cpu; deep_ep: ")
+    assert named == "dispatch: all_to_all (chosen by the caller)" and "passed in by the caller" in passed

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -10,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import registry
 from ..checkpoint import PatchedModel
+from ..dispatch.base import Dispatcher
 from ..errors import BackendUnavailable
 from ..experts.expert_list import ExpertListSpec
 from ..experts.module import ExpertsState
@@ -23,14 +27,14 @@ from .shard import FullyShard, ShardExperts
 from .trainer import AnswerTrainer, ShardedModel
 
 
-def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: str, fsdp: bool, journal: Journal) -> None:
+def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fsdp: bool, journal: Journal) -> None:
     """Shards a model whose sites are patched; every step goes on the journal. No step communicates.
 
     Args:
         model: the whole model on this rank, or a model on the meta device.
         plan: what was patched.
         mesh: valid for the plan (see `check`).
-        dispatch: the name of the dispatcher.
+        dispatch: how tokens are moved.
         fsdp: shard dense parameters as well.
         journal: of the patch.
     """
@@ -54,25 +58,45 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: str, fsdp: b
         journal.do(FullyShard(model, meshes.dense, ignored, reshard_after_forward=False))
 
 
-def choose_dispatcher(plan: Plan, mesh: DeviceMesh) -> str:
-    """The preferred dispatcher that serves every layer whose experts are split, on every rank. Communicates.
+@dataclass(frozen=True)
+class Dispatch:
+    """The dispatcher of a model.
+
+    Attributes:
+        name: for people.
+        make: ``(group, num_experts)`` to a dispatcher.
+        why: why this one: what stood in the way of those that would have been preferred.
+    """
+
+    name: str
+    make: Callable[[dist.ProcessGroup, int], Dispatcher]
+    why: str
+
+
+def choose_dispatch(plan: Plan, mesh: DeviceMesh, asked: str | Callable[[dist.ProcessGroup, int], Dispatcher] | None) -> Dispatch:
+    """The dispatcher that was asked for, or the preferred one that serves every layer whose experts are split, on every rank. Communicates.
 
     Raises:
-        BackendUnavailable: none does; the message says why.
+        BackendUnavailable: the one asked for, or every one, cannot serve; the message says why.
     """
+    if callable(asked):
+        return Dispatch(getattr(asked, "__name__", type(asked).__name__), asked, "passed in by the caller")
     group, device = mesh["ep"].get_group(), torch.device(mesh.device_type)
-    if group.size() == 1:
-        return "local"
+    if group.size() == 1 and asked is None:
+        return Dispatch("local", registry.compute("dispatch", "local"), "ep=1: every rank has all experts")
     layers = [(_experts_spec(p.site), getattr(torch, p.site.dtype)) for p in plan.patterns if p.backend and can_split(p.site)]
-    candidates = [b for b in registry.backends("dispatch") if b.name != "local"]
+    candidates = [b for b in registry.backends("dispatch") if b.name != "local"] if asked is None else [registry.backend("dispatch", asked)]
     reasons = {b.name: next((r for spec, dtype in layers if (r := _why_not(b, spec, dtype, device, group))), None) for b in candidates}
     everywhere: list[dict[str, str | None]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everywhere, reasons)
+    missing: list[str] = []
     for candidate in candidates:
-        if not any(rank[candidate.name] for rank in everywhere):
-            return candidate.name
-    words = "; ".join(f"{name}: {next(rank[name] for rank in everywhere if rank[name])}" for name in reasons)
-    raise BackendUnavailable(f"No dispatcher serves this model on this mesh: {words}.")
+        reason = next((rank[candidate.name] for rank in everywhere if rank[candidate.name]), None)
+        if reason is None:
+            why = "chosen by the caller" if asked is not None else "; ".join(missing) or "the preferred one"
+            return Dispatch(candidate.name, registry.compute("dispatch", candidate.name), why)
+        missing.append(f"{candidate.name}: {reason}")
+    raise BackendUnavailable(f"No dispatcher serves this model on this mesh: {'; '.join(missing)}.")
 
 
 def _why_not(candidate: registry.Backend, spec, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> str | None:
@@ -112,7 +136,7 @@ def _experts_name(site: Site) -> str:
     return f"{site.fqn}.{site.spec.experts_name}" if isinstance(site.spec, (ScoredBlockSpec, ExpertListSpec)) else site.fqn
 
 
-def _split(model: nn.Module, site: Site, meshes: Meshes, dispatch: str, journal: Journal) -> nn.Module:
+def _split(model: nn.Module, site: Site, meshes: Meshes, dispatch: Dispatch, journal: Journal) -> nn.Module:
     """One experts module: its parameters become DTensors, its forward dispatches."""
     module = model.get_submodule(_experts_name(site))
     whole: ExpertsState = module._moepatch
@@ -122,7 +146,7 @@ def _split(model: nn.Module, site: Site, meshes: Meshes, dispatch: str, journal:
         backend=whole.backend,
         implementation=None,  # transformers' own functions know nothing of experts on other ranks, so there is nothing to stand aside for
         num_experts=whole.spec.num_experts,
-        dispatcher=registry.compute("dispatch", dispatch)(meshes.ep.get_group(), whole.spec.num_experts),
+        dispatcher=dispatch.make(meshes.ep.get_group(), whole.spec.num_experts),
         ranks=ranks,
     )
     journal.do(ShardExperts(module, whole.spec.layout.parameter_names(), meshes.ep))
