@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,9 @@ def on_ranks(world: int, function, *args, timeout: float = 100) -> list:
             process.join(max(0.1, end - time.monotonic()))
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGABRT)  # faulthandler writes its stack into its log
+                process.join(5)
             if process.is_alive():
                 process.kill()
                 process.join(10)

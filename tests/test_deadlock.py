@@ -45,13 +45,17 @@ def loop_under_fsdp():
             fully_shard(expert, mesh=experts)
         fully_shard(layer)
     fully_shard(model)
+    print("ready to train", flush=True)
     for _ in range(2):
         model(routed_apart(dist.get_rank())).backward()
 
 
 def test_the_loop_hangs_under_fsdp():
-    with pytest.raises(RankError, match=r"ranks \[\d.*\] hung"):
-        on_ranks(2, loop_under_fsdp, timeout=12)
+    with pytest.raises(RankError, match=r"ranks \[\d.*\] hung") as caught:
+        on_ranks(2, loop_under_fsdp, timeout=15)
+    report = str(caught.value)
+    assert report.count("ready to train") == 2, "the ranks were slow, not stuck"
+    assert "_fully_shard" in report, "the stacks show where: in a gather of FSDP2"
 
 
 def patched_under_fsdp():
