@@ -11,8 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .experts.parallel_linear import ParallelLinearSpec
-from .experts.scored_block import ScoredBlockSpec
 from .kinds import KINDS
 from .plan import Pattern, Plan
 from .site import Refusal, Site
@@ -150,7 +148,7 @@ def _of_pattern(model: nn.Module, pattern: Pattern) -> tuple[ExpertGroup, int | 
     """The group, and how many of its parameters work on one token (None: unknown)."""
     spec = KINDS[pattern.site.kind].computes(pattern.site.spec)
     choices = spec.num_experts + vars(spec).get("identity_experts", 0)
-    params = [_expert_params(model, site) for site in pattern.sites]
+    params = [_expert_params(site) for site in pattern.sites]
     chosen = [_site_top_k(model, site.fqn, site.spec) for site in pattern.sites]
     label = pattern.site.spec.to_dict()["layout"]
     group = _group(pattern.site.class_name, label, pattern.site.spec.describe(), choices, chosen, params, pattern.backend is not None)
@@ -184,15 +182,9 @@ def _active(params: list[int], chosen: list[int | None], experts: int) -> int | 
     return sum(round(p * min(k, experts) / experts) for p, k in zip(params, chosen, strict=True))
 
 
-def _expert_params(model: nn.Module, site: Site) -> int:
-    module, spec = model.get_submodule(site.fqn), site.spec
-    if isinstance(spec, ParallelLinearSpec):
-        names = spec.weight.names
-    elif isinstance(spec, ScoredBlockSpec):
-        names = tuple(f"{spec.experts_name}.{name}" for name in spec.experts.layout.parameter_names())
-    else:
-        names = spec.layout.parameter_names()
-    return sum(module.get_parameter(name).numel() for name in names)
+def _expert_params(site: Site) -> int:
+    part = KINDS[site.kind].computes(site.spec)
+    return part.num_experts * part.params_per_expert
 
 
 def _count_experts(module: nn.Module) -> tuple[str, int, int] | None:
@@ -209,7 +201,7 @@ def _count_experts(module: nn.Module) -> tuple[str, int, int] | None:
 
 def _site_top_k(model: nn.Module, fqn: str, spec: object) -> int | None:
     """K at one module: from its own spec, else from the configuration of the nearest module around it that has one."""
-    if isinstance(spec, ScoredBlockSpec):
+    if hasattr(spec, "top_k"):
         return spec.top_k
     path = fqn.split(".")
     for depth in range(len(path), -1, -1):

@@ -29,6 +29,7 @@ class Kind:
         computes: from the spec to the part of it that the backend computes.
         widths: from the spec to H and I, or to the widths of one matrix.
         trial: random positional arguments for one call, from (spec, dtype, device, generator). Floating arguments get gradients.
+        holder: from the spec to the relative name of the module that holds the experts' weights.
         relayout: from the patched module and its spec to steps that move its weights, done when the patch has been verified.
     """
 
@@ -39,6 +40,7 @@ class Kind:
     computes: Callable[[Any], Any]
     widths: Callable[[Any], tuple[int, int]]
     trial: Callable[[Any, torch.dtype, torch.device, torch.Generator], tuple]
+    holder: Callable[[Any], str] = lambda spec: ""
     relayout: Callable[[nn.Module, Any], Sequence[Step]] = lambda module, spec: ()
 
 
@@ -110,6 +112,7 @@ KINDS: dict[str, Kind] = {
             computes=lambda spec: spec.experts,
             widths=lambda spec: (spec.experts.hidden, spec.experts.intermediate),
             trial=_trial_block,
+            holder=lambda spec: spec.experts_name,
         ),
         Kind(
             name="parallel_linear",
@@ -128,6 +131,7 @@ KINDS: dict[str, Kind] = {
             computes=lambda spec: spec.experts,
             widths=lambda spec: (spec.experts.hidden, spec.experts.intermediate),
             trial=lambda spec, dtype, device, generator: (trial_tokens(spec.experts.hidden, dtype, device, generator),),
+            holder=lambda spec: spec.experts_name,
             relayout=stack_expert_list,
         ),
     )

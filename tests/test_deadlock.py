@@ -134,3 +134,11 @@ def test_what_is_refused():
         moepatch.optimize(model)
     assert type(model) is Listed and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert type(model.layers[0].mlp.experts) is torch.nn.ModuleList and len(model.layers[0].mlp.experts) == E
+
+
+def test_a_list_is_inspected_before_and_after_the_patch():
+    model = listed()
+    before = moepatch.inspect(model)
+    assert before.exit_code == 0 and "list of MLPs" in str(before) and "K=2" in str(before)
+    moepatch.optimize(model)
+    assert moepatch.inspect(model).exit_code == 0 and "2 modules patched" in str(moepatch.report(model))

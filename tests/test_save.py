@@ -12,7 +12,6 @@ from pathlib import Path
 import compare
 import pytest
 import torch
-import zoo
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

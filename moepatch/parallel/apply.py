@@ -15,9 +15,8 @@ from .. import registry
 from ..checkpoint import PatchedModel
 from ..dispatch.base import Dispatcher
 from ..errors import BackendUnavailable
-from ..experts.expert_list import ExpertListSpec
 from ..experts.module import ExpertsState
-from ..experts.scored_block import ScoredBlockSpec
+from ..kinds import KINDS
 from ..plan import Plan
 from ..site import Site
 from ..surgery import Journal, ReplaceState
@@ -84,7 +83,7 @@ def choose_dispatch(plan: Plan, mesh: DeviceMesh, asked: str | Callable[[dist.Pr
     group, device = mesh["ep"].get_group(), torch.device(mesh.device_type)
     if group.size() == 1 and asked is None:
         return Dispatch("local", registry.compute("dispatch", "local"), "ep=1: every rank has all experts")
-    layers = [(_experts_spec(p.site), getattr(torch, p.site.dtype)) for p in plan.patterns if p.backend and can_split(p.site)]
+    layers = [(KINDS[p.site.kind].computes(p.site.spec), getattr(torch, p.site.dtype)) for p in plan.patterns if p.backend and can_split(p.site)]
     candidates = [b for b in registry.backends("dispatch") if b.name != "local"] if asked is None else [registry.backend("dispatch", asked)]
     reasons = {b.name: next((r for spec, dtype in layers if (r := _why_not(b, spec, dtype, device, group))), None) for b in candidates}
     everywhere: list[dict[str, str | None]] = [{}] * dist.get_world_size()
@@ -120,7 +119,7 @@ def why_whole(site: Site) -> str | None:
     """Why the experts of a site stay together, or None."""
     if site.kind == "parallel_linear":
         return "they are called with rows that the family has sorted already"
-    spec = _experts_spec(site)
+    spec = KINDS[site.kind].computes(site.spec)
     if spec.identity_experts:
         return "some of its experts are the identity and have no weights to split"
     if spec.post_norm is not None:
@@ -128,17 +127,9 @@ def why_whole(site: Site) -> str | None:
     return None
 
 
-def _experts_spec(site: Site):
-    return site.spec.experts if isinstance(site.spec, (ScoredBlockSpec, ExpertListSpec)) else site.spec
-
-
-def _experts_name(site: Site) -> str:
-    return f"{site.fqn}.{site.spec.experts_name}" if isinstance(site.spec, (ScoredBlockSpec, ExpertListSpec)) else site.fqn
-
-
 def _split(model: nn.Module, site: Site, meshes: Meshes, dispatch: Dispatch, journal: Journal) -> nn.Module:
     """One experts module: its parameters become DTensors, its forward dispatches."""
-    module = model.get_submodule(_experts_name(site))
+    module = model.get_submodule(site.fqn).get_submodule(KINDS[site.kind].holder(site.spec))
     whole: ExpertsState = module._moepatch
     ranks = meshes.ep.size()
     state = ShardedState(

@@ -81,7 +81,7 @@ def resolve(mesh: DeviceMesh) -> Meshes:
         mesh["dp_shard", "ep"]._flatten(dense_shard)
     experts = [*replicate, *(["dp_shard"] if "dp_shard" in sizes and (sizes["dp_shard"] > 1 or replicate) else [])]
     if replicate and "dp_shard" not in sizes:
-        # FSDP shards over the last dim it is given; without one to shard over, experts are only replicated.
+        # FSDP shards over the last dim it is given, here over the replicas: the same numbers, less memory, one gather more.
         experts = replicate
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch announces a change of how flattened dims are named
