@@ -44,9 +44,8 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fs
     sharded = [_split(model, site, meshes, dispatch, journal) for p in plan.patterns if p.backend for site in p.sites if can_split(site)]
     if meshes.experts is not None:
         for module in sharded:
-            if meshes.experts.ndim > 1 or meshes.experts.size() > 1:
-                others = {p for p in module.parameters() if not isinstance(p, DTensor)}
-                journal.do(FullyShard(module, meshes.experts, others))
+            others = {p for p in module.parameters() if not isinstance(p, DTensor)}
+            journal.do(FullyShard(module, meshes.experts, others))
     if fsdp:
         ignored = {p for module in sharded for p in module.parameters() if isinstance(p, DTensor)}
         for unit in _units(model):

@@ -26,13 +26,11 @@ class Meshes:
         ep: 1-D, the ranks that share one set of experts.
         dense: for everything else: 1-D (shard) or 2-D (replicate, shard).
         experts: over which experts are sharded or replicated besides `ep`, or None where every expert has one owner.
-        ranks: how many ranks the mesh has; gradients are averaged over all of them.
     """
 
     ep: DeviceMesh
     dense: DeviceMesh
     experts: DeviceMesh | None
-    ranks: int
 
 
 def make_mesh(ep: int, dp_replicate: int = 1, device: str | torch.device | None = None) -> DeviceMesh:
@@ -79,12 +77,10 @@ def resolve(mesh: DeviceMesh) -> Meshes:
     if len(shard) == 2:
         dense_shard = "dp_shard_ep"
         mesh["dp_shard", "ep"]._flatten(dense_shard)
+    # FSDP shards over the last dim it is given. Without dp_shard that is the replicas: the same numbers, less memory, one gather more.
     experts = [*replicate, *(["dp_shard"] if "dp_shard" in sizes and (sizes["dp_shard"] > 1 or replicate) else [])]
-    if replicate and "dp_shard" not in sizes:
-        # FSDP shards over the last dim it is given, here over the replicas: the same numbers, less memory, one gather more.
-        experts = replicate
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch announces a change of how flattened dims are named
         dense = mesh[(*replicate, dense_shard)] if replicate else mesh[dense_shard]
         part = mesh[tuple(experts)] if len(experts) > 1 else mesh[experts[0]] if experts else None
-    return Meshes(ep=mesh["ep"], dense=dense, experts=part, ranks=mesh.size())
+    return Meshes(ep=mesh["ep"], dense=dense, experts=part)
