@@ -27,6 +27,7 @@ from .parallel.mesh import make_mesh
 from .plan import Plan
 from .registry import register_backend, register_matcher
 from .report import Report
+from .routing import balanced_routing, hot_routing, record_routing
 
 __version__ = "0.1.0"
 
@@ -43,12 +44,15 @@ __all__ = [
     "PlanMismatch",
     "Problem",
     "Report",
+    "balanced_routing",
     "clip_grad_norm_",
+    "hot_routing",
     "inspect",
     "load_checkpoint",
     "make_mesh",
     "optimize",
     "plan",
+    "record_routing",
     "register_backend",
     "register_matcher",
     "report",

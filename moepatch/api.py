@@ -20,11 +20,14 @@ from .checkpoint import ModelState, PatchedModel
 from .dispatch.base import Dispatcher
 from .errors import MoePatchError, NothingMatched, PlanMismatch
 from .kinds import KINDS
+from .match.attention_function import left_alone
 from .match.experts import implementation
+from .measure import fastest
 from .parallel.agree import together
 from .parallel.apply import Dispatch, choose_dispatch, shard, why_whole
 from .parallel.memory import why_not_whole
 from .plan import Pattern, Plan
+from .regional import compile_layers, layer_graphs
 from .report import Report
 from .surgery import InjectClass, Journal, Patched
 from .verify import Verified
@@ -51,9 +54,13 @@ def optimize(
     fsdp: bool = True,
     dispatch: str | Callable[[ProcessGroup, int], Dispatcher] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    **overrides: str,
+    dense: bool = True,
+    numerics: str = "exact",
+    measure: bool = True,
+    compile: str | None = None,
+    **overrides: str | None,
 ) -> Model:
-    """Makes a loaded mixture-of-experts model fast, in place.
+    """Makes a loaded model fast, in place: its mixture of experts, and with it the dense half of the model.
 
     Args:
         model: as ``from_pretrained`` returns it; on any device. A model on the meta device is patched without verification.
@@ -66,13 +73,19 @@ def optimize(
         dispatch: with a mesh, the name of the dispatcher (`moepatch doctor` lists them), or a function ``(group, num_experts)`` that makes
             one, such as ``functools.partial(DeepEP, num_sms=24)``. Chosen if None; the report's notes say why.
         optimizer: if given, it is checked that it does not hold parameters that are about to be patched.
-        overrides: a backend by table, for example ``experts="reference"``.
+        dense: patch norms, attention, dense MLPs, mixers and the loss as well. A model without a mixture of experts gets these alone.
+        numerics: ``"relaxed"`` allows backends that round elsewhere than the family's own code (a norm that multiplies by its weight in
+            fp32 where the family does so in bf16).
+        measure: on a GPU, time the backends that can serve a pattern and take the fastest. Done once for each shape; results are kept in
+            ``$MOEPATCH_CACHE``, else in the user's cache directory.
+        compile: ``"regional"`` compiles what is left of every decoder layer with ``torch.compile``, in place; the report counts its graphs.
+        overrides: a backend by table, for example ``experts="reference"``; None leaves that table's modules alone (``loss=None``).
 
     Returns:
         The same object. `report(model)` says what was done; `restore(model)` undoes it.
 
     Raises:
-        NothingMatched: there is no mixture of experts in the model that moepatch can serve.
+        NothingMatched: there is nothing in the model that moepatch can serve.
         CheckFailed: the model must not be changed as it is (wrapped, quantized, offloaded, compiled, …).
         NumericMismatch: a patched module computed something else.
         MoePatchError: all others that a user can cause. Whatever is raised, the model is as it was.
@@ -81,9 +94,12 @@ def optimize(
     """
     if isinstance(model, nn.Module) and patch_of(model) is not None:
         return _again(model)
+    if compile not in (None, "regional"):
+        raise MoePatchError(f"compile is {compile!r}; it can be 'regional' (every decoder layer by itself) or None.")
     seconds: dict[str, float] = {}
     with together("optimize()", mesh), _timed(seconds, "plan"):
-        chosen = _checked_plan(model, mesh, plan, optimizer, overrides)
+        chosen = _checked_plan(model, mesh, plan, optimizer, dense, numerics, measure, overrides)
+    alone = left_alone(model)
     moved = None if mesh is None else choose_dispatch(chosen, mesh, dispatch)
     journal = Journal()
     try:
@@ -96,28 +112,33 @@ def optimize(
             if mesh is not None:
                 with _timed(seconds, "shard"):
                     shard(model, chosen, mesh, moved, fsdp, journal)
+            for step in compile_layers(model) if compile else ():
+                journal.do(step)
     except BaseException:
         journal.undo()
         raise
     journal.commit()
-    model.__dict__["_moepatch_patch"] = _Patch(Report(chosen, verified, _notes(chosen, verified, verify, moved), seconds), journal, mesh)
+    made = Report(chosen, verified, _notes(chosen, verified, verify, moved, alone), seconds, tuple(layer_graphs(journal.steps)))
+    model.__dict__["_moepatch_patch"] = _Patch(made, journal, mesh)
     return model
 
 
-def _checked_plan(model: nn.Module, mesh: DeviceMesh | None, given: Plan | None, optimizer, overrides: dict[str, str]) -> Plan:
+def _checked_plan(
+    model: nn.Module, mesh: DeviceMesh | None, given: Plan | None, optimizer, dense: bool, numerics: str, measure: bool, overrides: dict[str, str | None]
+) -> Plan:
     """The plan to carry out, after everything that forbids it has been looked for."""
     check_model(model, mesh)
-    fresh = planning.make_plan(model)
-    chosen = _fitting(given, fresh) if given is not None else fresh
-    chosen = chosen.with_backends(**overrides) if overrides else chosen
+    chosen = _made(model, dense, numerics, measure and given is None, {} if given is not None else overrides)
+    if given is not None:
+        chosen = _fitting(given, chosen).with_backends(**overrides)
     if not any(pattern.backend for pattern in chosen.patterns):
         raise NothingMatched(_nothing(model, chosen))
     check_plan(model, chosen, optimizer, mesh)
     return chosen
 
 
-def plan(model: nn.Module, mesh: DeviceMesh | None = None, **overrides: str) -> Plan:
-    """The road up to *check*: what `optimize` would do. Changes nothing.
+def plan(model: nn.Module, mesh: DeviceMesh | None = None, *, dense: bool = True, numerics: str = "exact", measure: bool = True, **overrides) -> Plan:
+    """The road up to *check*: what `optimize` would do with the same arguments. Changes nothing.
 
     Raises:
         CheckFailed, MoePatchError: as `optimize`.
@@ -125,9 +146,16 @@ def plan(model: nn.Module, mesh: DeviceMesh | None = None, **overrides: str) -> 
     if isinstance(model, nn.Module) and patch_of(model) is not None:
         return patch_of(model).report.plan
     check_model(model, mesh)
-    made = planning.make_plan(model, overrides)
+    made = _made(model, dense, numerics, measure, overrides)
     check_plan(model, made, None, mesh)
     return made
+
+
+def _made(model: nn.Module, dense: bool, numerics: str, measure: bool, overrides: dict[str, str | None]) -> Plan:
+    """A fresh plan: what matches, what the caller wants, and of what is left the fastest."""
+    made = planning.make_plan(model, numerics=numerics)
+    made = (made if dense else made.without_dense()).with_backends(**overrides)
+    return fastest(model, made) if measure else made
 
 
 def apply(model: nn.Module, plan: Plan, journal: Journal) -> None:
@@ -135,8 +163,11 @@ def apply(model: nn.Module, plan: Plan, journal: Journal) -> None:
     for pattern in plan.patterns:
         for site in pattern.sites if pattern.backend is not None else ():
             module = model.get_submodule(site.fqn)
-            for name, (mixin, state) in KINDS[site.kind].injections(site.spec, pattern.backend, implementation(module)).items():
+            kind = KINDS[site.kind]
+            for name, (mixin, state) in kind.injections(site.spec, pattern.backend, implementation(module)).items():
                 journal.do(InjectClass(module.get_submodule(name), mixin, state))
+            for step in kind.steps(module, site.spec, pattern.backend):
+                journal.do(step)
     count = len(journal.steps)
     for pretrained in _outermost_pretrained(model):
         journal.do(InjectClass(pretrained, PatchedModel, ModelState(count)))
@@ -239,17 +270,20 @@ def _nothing(model: nn.Module, plan: Plan) -> str:
         return f"{name} has a mixture of experts that moepatch cannot serve:\n{listed}{more}\nThe model is unchanged."
     if plan.patterns:
         return f"{name}: the plan leaves every module alone. The model is unchanged."
-    return f"{name} has no mixture of experts: none of its {sum(1 for _ in model.modules())} modules routes tokens to experts. The model is unchanged."
+    return f"{name} has no mixture of experts: none of its {sum(1 for _ in model.modules())} modules is anything that moepatch can serve. The model is unchanged."
 
 
-def _notes(plan: Plan, verified: tuple[Verified, ...], verify: bool, moved: Dispatch | None) -> tuple[str, ...]:
+def _notes(plan: Plan, verified: tuple[Verified, ...], verify: bool, moved: Dispatch | None, alone: dict[str, str]) -> tuple[str, ...]:
     notes = [] if verify else ["not verified: optimize(..., verify=False)"]
     notes += [f"{v.fqn}: {v.note}" for v in verified if v.note]
+    if not plan.mixture:
+        notes.append("there is no mixture of experts in this model" if not plan.refusals else "its mixture of experts is left alone: see the reasons")
+    notes += [f"{fqn or 'the model'}: its attention function is left alone: {why}" for fqn, why in alone.items()]
     if moved is not None:
         notes.append(f"dispatch: {moved.name} ({moved.why})")
-        whole = {p.site.fqn: why_whole(p.site) for p in plan.patterns if p.backend and why_whole(p.site)}
+        whole = {p.site.fqn: why_whole(p.site) for p in plan.mixture if p.backend and why_whole(p.site)}
         notes += [f"{fqn}: every rank computes all its experts, because {why}" for fqn, why in whole.items()]
-    fallen = {c.backend: c.why_not for p in plan.patterns for c in p.choices if p.backend == "reference" and c.why_not}
+    fallen = {c.backend: c.why_not for p in plan.mixture for c in p.choices if p.backend == "reference" and c.why_not}
     notes += [f"the reference backend is slow; {name} cannot serve: {why}" for name, why in fallen.items()]
     return tuple(notes)
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch.distributed as dist
 
 from .experts.gemm import why_not_grouped
 from .experts.parallel_linear import ParallelLinearSpec
-from .match import expert_list, experts, parallel_linear, scored_block  # noqa: F401  (each registers its matcher)
+from .layers import attention_block_backends, mlp_backends, norm_backends  # noqa: F401  (each registers backends)
+from .layers.attention import backends as attention_backends  # noqa: F401
+from .layers.loss import backends as loss_backends  # noqa: F401
+from .layers.mixers import backends as mixer_backends  # noqa: F401
+from .match import (  # noqa: F401  (each registers matchers)
+    attention_block,
+    attention_function,
+    expert_list,
+    experts,
+    loss,
+    mixers,
+    mlp,
+    norm,
+    parallel_linear,
+    residual,
+    scored_block,
+)
 from .registry import register_backend
 
 
@@ -37,6 +51,32 @@ def _torch():
     from .experts.grouped import grouped_experts
 
     return grouped_experts
+
+
+def _triton_serves(spec, dtype, device):
+    from .experts.fused import why_not
+
+    return why_not(spec, dtype, device)
+
+
+@register_backend("experts", "triton", rank=60, serves="torch grouped GEMM, Triton for the rest, no host sync", why_not=_triton_serves)
+def _triton():
+    from .experts.fused import fused_experts
+
+    return fused_experts
+
+
+def _quack_serves(spec, dtype, device):
+    from .experts.quack import why_not
+
+    return why_not(spec, dtype, device)
+
+
+@register_backend("experts", "quack", rank=70, serves="QuACK's GEMMs with gather and activation inside: bf16 and fp16 on Hopper", why_not=_quack_serves)
+def _quack():
+    from .experts.quack import quack_experts
+
+    return quack_experts
 
 
 @register_backend("parallel_linear", "reference", rank=0, serves="a loop over the experts")
@@ -95,19 +135,3 @@ def _local():
     from .dispatch.local import Local
 
     return Local
-
-
-#: Libraries that later versions will use, with the module that each provides and how it is installed.
-OPTIONAL_LIBRARIES = {
-    "quack": ("quack", "pip install moepatch[quack]"),
-    "te": ("transformer_engine", "pip install moepatch[te]"),
-    "liger": ("liger_kernel", "pip install moepatch[liger]"),
-}
-
-
-def why_not_optional(name: str) -> str:
-    """Why an optional library is not in use."""
-    module, how = OPTIONAL_LIBRARIES[name]
-    if importlib.util.find_spec(module) is None:
-        return f"not installed ({how})"
-    return "installed, but this version of moepatch has no backend for it yet"

@@ -70,7 +70,7 @@ def _divisible(plan: Plan, mesh: DeviceMesh | None) -> Iterator[Problem]:
     if mesh is None:
         return
     ranks = mesh["ep"].size()
-    for pattern in plan.patterns:
+    for pattern in plan.mixture:
         for site in pattern.sites if pattern.backend and can_split(pattern.site) else ():
             experts = KINDS[site.kind].computes(site.spec).num_experts
             if experts % ranks:
@@ -86,7 +86,7 @@ def _adapted(model: nn.Module, plan: Plan, mesh: DeviceMesh | None) -> Iterator[
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     scan = Scan(model)
-    for site in (s for p in plan.patterns if p.backend and can_split(p.site) for s in p.sites):
+    for site in (s for p in plan.mixture if p.backend and can_split(p.site) for s in p.sites):
         holders = [type(parent).__name__ for parent, _ in scan.of(model.get_submodule(site.fqn)).parents if isinstance(parent, BaseTunerLayer)]
         if holders:
             text = f"a LoRA adapter of peft ({holders[0]}) on the experts' own parameters cannot be spread over ranks."
@@ -158,7 +158,7 @@ def _held(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None)
     if optimizer is None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    sites = [site.fqn for pattern in plan.patterns for site in pattern.sites]
+    sites = [site.fqn for pattern in plan.mixture for site in pattern.sites]
     caught = [f"{fqn}.{name}" for fqn in sites for name, p in model.get_submodule(fqn).named_parameters() if id(p) in held]
     if caught:
         text = f"the {type(optimizer).__name__} that was passed in holds {len(caught)} of the parameters to be patched ({caught[0]}, …)."

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from .layers.loss.labelled import Labelled
 from .parallel.save import save_sharded, sharding_mesh
 from .surgery import Patched
 
@@ -39,7 +40,7 @@ class ModelState:
         return f"{self.modules} modules patched"
 
 
-class PatchedModel(Patched):
+class PatchedModel(Labelled, Patched):
     """A whole ``PreTrainedModel``: the class keeps its name (transformers writes it into ``architectures``), saving becomes safe."""
 
     keeps_name = True

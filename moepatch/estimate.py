@@ -116,7 +116,7 @@ def estimate(model: nn.Module, plan: Plan) -> Estimate:
     sizes = Counter()
     for p in parameters:
         sizes[str(p.dtype).removeprefix("torch.")] += p.numel() * p.element_size()
-    found = [_of_pattern(model, pattern) for pattern in plan.patterns] + list(_of_refusals(model, plan.refusals))
+    found = [_of_pattern(model, pattern) for pattern in plan.mixture] + list(_of_refusals(model, plan.refusals))
     active = [active for _, active in found]
     routed = sum(group.params for group, _ in found if group is not None)
     return Estimate(
@@ -124,7 +124,7 @@ def estimate(model: nn.Module, plan: Plan) -> Estimate:
         expert_params=routed,
         active_params=None if None in active else total - routed + sum(active),
         bytes_by_dtype=dict(sizes.most_common()),
-        layers=_layers(model, [fqn for p in plan.patterns for fqn in p.fqns] + [r.fqn for r in plan.refusals]),
+        layers=_layers(model, [fqn for p in plan.mixture for fqn in p.fqns] + [r.fqn for r in plan.refusals]),
         groups=tuple(group for group, _ in found if group is not None),
     )
 

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from . import api, registry, source
-from .builtin import OPTIONAL_LIBRARIES, why_not_optional
 from .check import check_model
 from .errors import CheckFailed, MoePatchError, PlanMismatch
 from .estimate import Estimate, estimate
@@ -35,7 +34,7 @@ class BackendRow:
     """One backend as seen from this machine, whatever the model.
 
     Attributes:
-        table: which kind of module it serves; ``library`` for an optional library that no backend uses yet.
+        table: which kind of module it serves.
         name: as in ``optimize(model, experts=name)``.
         serves: one line for people.
         why_not: None if it is available.
@@ -79,11 +78,10 @@ class Inspection:
 
     @property
     def exit_code(self) -> int:
-        """For the shell: 0 if everything that looks like a mixture of experts is served, 2 if some of it is, 3 if nothing is."""
-        served = [pattern.backend is not None for pattern in self.plan.patterns]
-        if not any(served):
+        """For the shell: 0 if everything that looks like a mixture of experts is served, 2 if some of the model is, 3 if nothing is."""
+        if not any(pattern.backend for pattern in self.plan.patterns):
             return 3
-        return 0 if all(served) and not self.plan.refusals else 2
+        return 0 if all(pattern.backend for pattern in self.plan.mixture) and not self.plan.refusals else 2
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON. Keys may be added; `schema_version` goes up when one changes its meaning or goes away."""
@@ -147,7 +145,7 @@ def inspect(model: nn.Module | PreTrainedConfig | str | os.PathLike, **what_if: 
 
 
 def backend_rows(device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> tuple[BackendRow, ...]:
-    """Every backend and every optional library, available or why not.
+    """Every backend, available or why not.
 
     Args:
         device: where it would compute; None for this machine's best.
@@ -160,7 +158,6 @@ def backend_rows(device: torch.device | None = None, dtype: torch.dtype = torch.
         for table in registry.tables()
         for backend in registry.backends(table)
     ]
-    rows += [BackendRow("library", name, "", why_not_optional(name)) for name in OPTIONAL_LIBRARIES]
     return tuple(rows)
 
 

@@ -1,48 +1,25 @@
-"""The kinds of modules that moepatch patches: for each, what is injected where, and how a module of it is tried out."""
+"""The table of kinds: every kind of module that moepatch patches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .experts.expert_list import inject_expert_list, stack_expert_list
 from .experts.module import ExpertsState, PatchedExperts
 from .experts.parallel_linear import ParallelLinearState, PatchedParallelLinear
 from .experts.scored_block import BlockState, PatchedScoredBlock
-from .surgery import Patched, Step
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How to patch and try one kind of module.
-
-    Attributes:
-        name: as in `Site.kind`.
-        pattern: the prefix of its pattern's name in tables.
-        backends: which table of backends serves it.
-        injections: from (spec, backend, implementation) to mixin and state, for the module itself (key ``""``) and for submodules by
-            relative name. `implementation` is what transformers' own switch said at the time of the patch.
-        computes: from the spec to the part of it that the backend computes.
-        widths: from the spec to H and I, or to the widths of one matrix.
-        trial: random positional arguments for one call, from (spec, dtype, device, generator). Floating arguments get gradients.
-        holder: from the spec to the relative name of the module that holds the experts' weights.
-        relayout: from the patched module and its spec to steps that move its weights, done when the patch has been verified.
-    """
-
-    name: str
-    pattern: str
-    backends: str
-    injections: Callable[[Any, str, str | None], Mapping[str, tuple[type[Patched], object]]]
-    computes: Callable[[Any], Any]
-    widths: Callable[[Any], tuple[int, int]]
-    trial: Callable[[Any, torch.dtype, torch.device, torch.Generator], tuple]
-    holder: Callable[[Any], str] = lambda spec: ""
-    relayout: Callable[[nn.Module, Any], Sequence[Step]] = lambda module, spec: ()
-
+from .kind import Kind
+from .layers.attention.kind import ATTENTION_FUNCTION
+from .layers.attention_block import ATTENTION_BLOCK
+from .layers.loss.module import LOSS
+from .layers.mixers.delta import DELTA_MIXER
+from .layers.mixers.selective import SELECTIVE_MIXER
+from .layers.mixers.ssd import SSD_MIXER
+from .layers.mlp import MLP
+from .layers.norm import NORM
+from .layers.residual import RESIDUAL
+from .trial import Call
 
 _TRIAL_TOKENS = 24
 
@@ -51,17 +28,26 @@ def _random(shape, dtype, device, generator) -> Tensor:
     return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
 
 
-def _trial_experts(spec, dtype, device, generator):
+def _trial_experts(spec, dtype, device, generator) -> Call:
+    return _call_experts(spec, dtype, device, generator, _TRIAL_TOKENS, 2)
+
+
+def _bench_experts(spec, dtype, device, generator, tokens) -> Call:
+    """How many experts a token has is the router's matter: as many as models of this size have."""
+    return _call_experts(spec, dtype, device, generator, tokens, 8 if spec.num_experts >= 64 else 4)
+
+
+def _call_experts(spec, dtype, device, generator, tokens: int, top_k: int) -> Call:
     """Tokens, distinct experts for each of them and positive routing weights."""
     ids = spec.num_experts + spec.identity_experts
-    top_k = min(2, ids)
-    topk_ids_TK = torch.stack([torch.randperm(ids, generator=generator)[:top_k] for _ in range(_TRIAL_TOKENS)]).to(device)
-    topk_weights_TK = torch.rand(_TRIAL_TOKENS, top_k, generator=generator).add_(0.1).to(device=device, dtype=dtype)
-    return _random((_TRIAL_TOKENS, spec.hidden), dtype, device, generator), topk_ids_TK, topk_weights_TK
+    top_k = min(top_k, ids)
+    topk_ids_TK = torch.rand(tokens, ids, generator=generator).topk(top_k).indices.to(device)
+    topk_weights_TK = torch.rand(tokens, top_k, generator=generator).add_(0.1).to(device=device, dtype=dtype)
+    return Call((_random((tokens, spec.hidden), dtype, device, generator), topk_ids_TK, topk_weights_TK))
 
 
 def _trial_block(spec, dtype, device, generator):
-    return (_random((_TRIAL_TOKENS, spec.experts.hidden), dtype, device, generator),)
+    return Call((_random((_TRIAL_TOKENS, spec.experts.hidden), dtype, device, generator),))
 
 
 def trial_tokens(hidden, dtype, device, generator) -> Tensor:
@@ -74,7 +60,7 @@ def _trial_parallel_linear(spec, dtype, device, generator):
     counts = torch.randint(0, 3, (spec.num_experts,), generator=generator)
     counts[0] += 1
     rows = _random((int(counts.sum()), spec.in_features), dtype, device, generator)
-    return rows, counts.tolist() if spec.counts == "list" else counts.to(device)
+    return Call((rows, counts.tolist() if spec.counts == "list" else counts.to(device)))
 
 
 def _inject_experts(spec, backend, implementation):
@@ -103,6 +89,7 @@ KINDS: dict[str, Kind] = {
             computes=lambda spec: spec,
             widths=lambda spec: (spec.hidden, spec.intermediate),
             trial=_trial_experts,
+            bench=_bench_experts,
         ),
         Kind(
             name="scored_block",
@@ -130,9 +117,18 @@ KINDS: dict[str, Kind] = {
             injections=inject_expert_list,
             computes=lambda spec: spec.experts,
             widths=lambda spec: (spec.experts.hidden, spec.experts.intermediate),
-            trial=lambda spec, dtype, device, generator: (trial_tokens(spec.experts.hidden, dtype, device, generator),),
+            trial=lambda spec, dtype, device, generator: Call((trial_tokens(spec.experts.hidden, dtype, device, generator),)),
             holder=lambda spec: spec.experts_name,
             relayout=stack_expert_list,
         ),
+        ATTENTION_FUNCTION,
+        ATTENTION_BLOCK,
+        SSD_MIXER,
+        DELTA_MIXER,
+        SELECTIVE_MIXER,
+        MLP,
+        NORM,
+        RESIDUAL,
+        LOSS,
     )
 }

@@ -21,7 +21,9 @@ from .site import Refusal, Site
 SCHEMA_VERSION = 1
 
 #: What may be chosen with ``optimize(model, experts="reference")``: a table of backends by name.
-OVERRIDES = ("experts", "parallel_linear")
+OVERRIDES = tuple(dict.fromkeys(kind.backends for kind in KINDS.values()))
+#: How closely the patched model has to follow the family's own rounding.
+NUMERICS = ("exact", "relaxed")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Plan:
 
     Attributes:
         model_class: the model's class name.
-        patterns: what is patched.
+        patterns: what is patched, the mixture of experts first.
         refusals: what looks like MoE and is left alone, with reasons.
 
     >>> print(moepatch.plan(model))                                    # doctest: +SKIP
@@ -112,8 +114,8 @@ class Plan:
         kept = (replace(p, sites=tuple(s for s in p.sites if not set(s.fqns) & set(fqns))) for p in self.patterns)
         return replace(self, patterns=tuple(p for p in kept if p.sites))
 
-    def with_backends(self, **tables: str) -> Plan:
-        """The plan with the backend of every pattern of a table chosen by name, for example ``experts="reference"``.
+    def with_backends(self, **tables: str | None) -> Plan:
+        """The plan with the backend of every pattern of a table chosen by name, for example ``experts="reference"``; None leaves them alone.
 
         Raises:
             BackendUnavailable: it does not exist, or cannot serve; the message says why.
@@ -122,17 +124,27 @@ class Plan:
         for table in tables:
             if table not in OVERRIDES:
                 raise PlanMismatch(f"optimize() has no option {table!r}.{_suggest(table, OVERRIDES)} Options are: {', '.join(OVERRIDES)}.")
-        patterns = []
-        for pattern in self.patterns:
-            table = KINDS[pattern.site.kind].backends
-            if table in tables:
-                registry.backend(table, tables[table])
-                why_not = next(c.why_not for c in pattern.choices if c.backend == tables[table])
-                if why_not is not None:
-                    raise BackendUnavailable(f"{pattern.site.fqn}: the backend {tables[table]!r} cannot serve {pattern.site.spec.describe()}: {why_not}.")
-                pattern = replace(pattern, backend=tables[table], why="chosen by the caller")
-            patterns.append(pattern)
+        patterns = list(self.patterns)
+        for table, name in tables.items():
+            at = [i for i, p in enumerate(patterns) if KINDS[p.site.kind].backends == table]
+            asked = [_with_backend(patterns[i], table, name) for i in at]
+            # The dense half has many patterns, of which a library serves some: those that it does not serve keep theirs.
+            refused = [a for a in asked if isinstance(a, BackendUnavailable)]
+            if refused and (len(refused) == len(asked) or not KINDS[patterns[at[0]].site.kind].dense):
+                raise refused[0]
+            for i, answer in zip(at, asked, strict=True):
+                patterns[i] = answer if isinstance(answer, Pattern) else replace(patterns[i], why=f"not the one asked for: {answer}")
         return replace(self, patterns=tuple(patterns))
+
+    def without_dense(self) -> Plan:
+        """The plan with everything but the mixture of experts left alone."""
+        kept = tuple(replace(p, backend=None, why="dense=False") if KINDS[p.site.kind].dense else p for p in self.patterns)
+        return replace(self, patterns=kept)
+
+    @property
+    def mixture(self) -> tuple[Pattern, ...]:
+        """The patterns that are part of a mixture of experts."""
+        return tuple(p for p in self.patterns if not KINDS[p.site.kind].dense)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `from_json` reads what this writes."""
@@ -176,46 +188,77 @@ class Plan:
         return text_of_plan(self)
 
 
-def make_plan(model: nn.Module, overrides: Mapping[str, str] | None = None) -> Plan:
-    """Scans and matches `model` and chooses a backend for every pattern. Changes nothing."""
+def make_plan(model: nn.Module, overrides: Mapping[str, str | None] | None = None, numerics: str = "exact") -> Plan:
+    """Scans and matches `model` and chooses a backend for every pattern. Changes nothing.
+
+    Raises:
+        PlanMismatch: `numerics` is neither ``exact`` nor ``relaxed``, or an override names no table.
+        BackendUnavailable: an override that cannot serve.
+    """
+    if numerics not in NUMERICS:
+        raise PlanMismatch(f"numerics is {numerics!r}; it can be {' or '.join(NUMERICS)}.")
     sites, refusals = match(Scan(model))
     groups: dict[tuple, list[Site]] = {}
     for site in sites:
         groups.setdefault((site.kind, site.spec, site.class_name, site.now, site.dtype, site.device), []).append(site)
-    plan = Plan(type(model).__name__, tuple(_choose(tuple(group)) for group in groups.values()), tuple(refusals))
+    patterns = sorted((_choose(tuple(group), numerics) for group in groups.values()), key=lambda p: KINDS[p.site.kind].dense)
+    plan = Plan(type(model).__name__, tuple(patterns), tuple(refusals))
     return plan.with_backends(**overrides) if overrides else plan
 
 
 def match(scan: Scan) -> tuple[list[Site], list[Refusal]]:
-    """Asks the matchers about every module. Modules inside a site belong to it and are not asked about."""
-    ordered, memo = registry.matchers(), {}
+    """Asks the matchers about every module. Modules inside a site belong to it; only matchers that look around are asked about its holders."""
+    memo: dict = {}
     answers: dict[int, Site | Refusal] = {}
     inside: set[int] = set()
-    for matcher in ordered:
+    holding: set[int] = set()
+    for matcher in registry.matchers():
         for found in scan:
-            if id(found.module) in inside or any(id(m) in answers for m in found.module.modules()):
+            key = id(found.module)
+            if key in answers or not matcher.around and (key in inside or key in holding):
                 continue
             answer = matcher.match(found, scan, memo)
-            if answer is not None:
-                answers[id(found.module)] = answer
+            if answer is None:
+                continue
+            answers[key] = answer
+            if not matcher.around:
                 inside |= {id(m) for m in found.module.modules()}
+                holding |= scan.above(found)
     in_order = [answers[id(found.module)] for found in scan if id(found.module) in answers]
-    sites = [a for a in in_order if isinstance(a, Site)]
-    refusals = [a for a in in_order if isinstance(a, Refusal)]
-    return sites, refusals + suspects(scan, set(answers))
+    settled = {key for key, answer in answers.items() if isinstance(answer, Refusal) or not KINDS[answer.kind].dense}
+    refusals = [a for a in in_order if isinstance(a, Refusal)] + suspects(scan, settled)
+    # What is refused keeps its own forward, whole.
+    alone = tuple(f"{fqn}." for refusal in refusals for fqn in refusal.fqns)
+    sites = [a for a in in_order if isinstance(a, Site) and not (KINDS[a.kind].dense and f"{a.fqn}.".startswith(alone))]
+    return sites, refusals
 
 
-def _choose(sites: tuple[Site, ...]) -> Pattern:
+def _choose(sites: tuple[Site, ...], numerics: str) -> Pattern:
     site, kind = sites[0], KINDS[sites[0].kind]
     dtype, device = getattr(torch, site.dtype), torch.device(site.device)
     # A model on the meta device will run somewhere else: the question is then what this machine could do.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device.type == "meta" else device
-    choices = tuple(Choice(b.name, b.why_not(kind.computes(site.spec), dtype, device)) for b in registry.backends(kind.backends))
+    spec = kind.computes(site.spec)
+    choices = tuple(Choice(b.name, b.why_not(spec, dtype, device) or _inexact(b, spec, numerics)) for b in registry.backends(kind.backends))
     best = next((c for c in choices if c.why_not is None), None)
     if best is None:
         return Pattern(sites, None, "no backend can serve it: " + "; ".join(f"{c.backend}: {c.why_not}" for c in choices), choices)
     passed = [f"{c.backend}: {c.why_not}" for c in choices[: choices.index(best)]]
     return Pattern(sites, best.backend, "; ".join(["ok"] if not passed else ["fallback", *passed]), choices)
+
+
+def _inexact(backend: registry.Backend, spec: Any, numerics: str) -> str | None:
+    return None if numerics == "relaxed" or backend.exact(spec) else "rounds elsewhere than this module does (numerics='relaxed' allows it)"
+
+
+def _with_backend(pattern: Pattern, table: str, name: str | None) -> Pattern | BackendUnavailable:
+    """The pattern with the backend that the caller asked for, or why it cannot have it."""
+    if name is not None:
+        registry.backend(table, name)
+        why_not = next(c.why_not for c in pattern.choices if c.backend == name)
+        if why_not is not None:
+            return BackendUnavailable(f"{pattern.site.fqn}: the backend {name!r} cannot serve {pattern.site.spec.describe()}: {why_not}.")
+    return replace(pattern, backend=name, why="chosen by the caller")
 
 
 def _suggest(name: str, known) -> str:

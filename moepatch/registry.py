@@ -29,11 +29,13 @@ class Matcher:
         name: unique.
         priority: matchers are asked from the highest to the lowest; the first that answers wins.
         match: ``(found, scan, memo) -> Site | Refusal | None``; pure. `memo` is a dict that lives as long as one scan.
+        around: it is asked about modules that hold sites of others too, and a site of its own takes nothing but the module itself.
     """
 
     name: str
     priority: int
     match: Callable[..., Any]
+    around: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Backend:
         rank: among those that are available the highest is chosen.
         serves: one line for people.
         why_not: ``(spec, dtype, device) -> None`` if it serves there, else the reason; spec is None to ask about the machine alone.
+        exact: ``(spec) -> bool``: whether it rounds where the module does. One that does not is chosen with ``numerics="relaxed"`` only.
         load: the lazy factory; returns the compute function. Call `compute` instead, which calls it once.
     """
 
@@ -55,9 +58,10 @@ class Backend:
     serves: str
     why_not: Callable[[Any, torch.dtype, torch.device], str | None]
     load: Callable[[], Callable[..., Any]]
+    exact: Callable[[Any], bool] = lambda spec: True
 
 
-def register_matcher(name: str, *, priority: int = 100) -> Callable:
+def register_matcher(name: str, *, priority: int = 100, around: bool = False) -> Callable:
     """Adds a matcher; the decorator returns the function.
 
     >>> @register_matcher("example", priority=1)
@@ -72,13 +76,21 @@ def register_matcher(name: str, *, priority: int = 100) -> Callable:
     def decorate(match):
         if name in _MATCHERS:
             raise MoePatchError(f"There is a matcher named {name!r} already, {_MATCHERS[name].match}. Choose another name.")
-        _MATCHERS[name] = Matcher(name, priority, match)
+        _MATCHERS[name] = Matcher(name, priority, match, around)
         return match
 
     return decorate
 
 
-def register_backend(table: str, name: str, *, rank: int, serves: str = "", why_not: Callable[..., str | None] | None = None) -> Callable:
+def register_backend(
+    table: str,
+    name: str,
+    *,
+    rank: int,
+    serves: str = "",
+    why_not: Callable[..., str | None] | None = None,
+    exact: Callable[[Any], bool] = lambda spec: True,
+) -> Callable:
     """Adds a backend; decorates its factory, which is called at first use, and returns it.
 
     Args:
@@ -88,6 +100,7 @@ def register_backend(table: str, name: str, *, rank: int, serves: str = "", why_
         rank: `reference` has 0, `torch` 50.
         serves: one line for people.
         why_not: see `Backend`; None means always available.
+        exact: see `Backend`.
 
     Raises:
         MoePatchError: the name is taken in this table.
@@ -96,7 +109,7 @@ def register_backend(table: str, name: str, *, rank: int, serves: str = "", why_
     def decorate(factory):
         if (table, name) in _BACKENDS:
             raise MoePatchError(f"There is a backend named {name!r} for {table!r} already. Choose another name.")
-        _BACKENDS[table, name] = Backend(table, name, rank, serves, why_not or (lambda spec, dtype, device: None), factory)
+        _BACKENDS[table, name] = Backend(table, name, rank, serves, why_not or (lambda spec, dtype, device: None), factory, exact)
         return factory
 
     return decorate

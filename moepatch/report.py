@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .plan import SCHEMA_VERSION, Plan
+from .regional import LayerGraphs
 from .verify import Verified
 
 
@@ -18,12 +19,14 @@ class Report:
         verified: one entry per pattern; empty with ``verify=False``.
         notes: what else the user should know.
         seconds: how long each step of the road took.
+        compiled: for each class of compiled layers the graphs so far; they fill while the model runs.
     """
 
     plan: Plan
     verified: tuple[Verified, ...]
     notes: tuple[str, ...]
     seconds: dict[str, float]
+    compiled: tuple[LayerGraphs, ...] = ()
 
     @property
     def patched(self) -> int:
@@ -39,6 +42,7 @@ class Report:
             "verified": [v.to_dict() for v in self.verified],
             "notes": list(self.notes),
             "seconds": self.seconds,
+            "compiled": [graphs.to_dict() for graphs in self.compiled],
         }
 
     def __str__(self) -> str:

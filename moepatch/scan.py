@@ -52,6 +52,17 @@ class Scan:
     def __iter__(self) -> Iterator[Found]:
         return iter(self.found)
 
+    def above(self, found: Found) -> set[int]:
+        """The ids of all modules that hold a module, directly or not."""
+        ids: set[int] = set()
+        pending = [parent for parent, _ in found.parents]
+        while pending:
+            module = pending.pop()
+            if id(module) not in ids:
+                ids.add(id(module))
+                pending += [parent for parent, _ in self.of(module).parents]
+        return ids
+
     def of(self, module: nn.Module) -> Found:
         """The entry of a module that is part of the tree."""
         return self._by_id[id(module)]

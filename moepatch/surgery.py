@@ -30,7 +30,7 @@ class Patched:
     def __reduce_ex__(self, protocol):
         # The class was made at run time and cannot be found by name: rebuild it from the two that can.
         mixin, base = type(self)._moepatch_parts
-        return _rebuild, (mixin, base), self.__dict__.copy()
+        return _rebuild, (mixin, base), self.__getstate__()
 
 
 def _rebuild(mixin: type, base: type) -> nn.Module:

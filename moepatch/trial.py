@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
 from .surgery import InjectClass, Patched, original_class
 
@@ -16,6 +17,23 @@ from .surgery import InjectClass, Patched, original_class
 FP32_LIMIT = 1e-5
 #: In low precision: how much worse than the family's own code we may be, both against fp32.
 LOW_PRECISION_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module. Floating tensors anywhere inside them get gradients."""
+
+    args: tuple = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Call:
+        """The call with every floating tensor replaced by a function of it."""
+        args, kwargs = tree_map(lambda leaf: function(leaf) if _is_floating(leaf) else leaf, (self.args, dict(self.kwargs)))
+        return Call(args, kwargs)
+
+    def leaves(self) -> list[Tensor]:
+        """The floating tensors, in order."""
+        return [leaf for leaf in tree_flatten((self.args, dict(self.kwargs)))[0] if _is_floating(leaf)]
 
 
 @dataclass(frozen=True)
@@ -40,26 +58,26 @@ class Difference:
         return self.ours <= self.limit
 
 
-def run(module: nn.Module, args: tuple, *, forward: Callable[..., Any] | None = None, seed: int = 0) -> dict[str, Tensor]:
+def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = None, seed: int = 0) -> dict[str, Tensor]:
     """One call and its backward pass.
 
     Args:
-        module: called with `args`; its parameters' gradients are read.
-        args: positional; floating tensors get gradients.
-        forward: called as ``forward(module, *args)`` instead of the module's own forward.
+        module: called with `call`; its parameters' gradients are read.
+        call: its floating tensors get gradients.
+        forward: called as ``forward(module, ...)`` instead of the module's own forward.
         seed: of the random cotangent.
 
     Returns:
         Every output and every gradient by name, on the CPU in fp32 or wider. A gradient that autograd leaves out is 0.
     """
-    args = tuple(a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    call = call.mapped(lambda tensor: tensor.detach().clone().requires_grad_())
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        outputs = module.forward(*args) if forward is None else forward(module, *args)
-        outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(o, Tensor) and o.requires_grad]
+        outputs = module.forward(*call.args, **call.kwargs) if forward is None else forward(module, *call.args, **call.kwargs)
+        outputs = [o for o in tree_flatten(outputs)[0] if isinstance(o, Tensor) and o.requires_grad]
         generator = torch.Generator().manual_seed(seed)
         loss = sum((o * torch.randn(o.shape, generator=generator).to(o)).sum() for o in outputs)
-        leaves = {f"grad input {i}": a for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()}
+        leaves = {f"grad input {i}": leaf for i, leaf in enumerate(call.leaves())}
         leaves |= {f"grad {name}": p for name, p in parameters.items()}
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     result = {f"output {i}" if len(outputs) > 1 else "output": o.detach().flatten(0, -2) for i, o in enumerate(outputs)}
@@ -90,6 +108,10 @@ def inject(module: nn.Module, injections: Mapping[str, tuple[type[Patched], obje
     for name, (mixin, state) in injections.items():
         InjectClass(module.get_submodule(name), mixin, state).do()
     return module
+
+
+def _is_floating(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def _relative(value: Tensor, truth: Tensor) -> float:

@@ -16,11 +16,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import trial
 from .errors import NumericMismatch
-from .kinds import KINDS, Kind
+from .kind import Kind
+from .kinds import KINDS
 from .match.experts import implementation
 from .plan import Pattern
 from .replica import replica, size_map, slice_fill
-from .trial import Difference
+from .trial import Call, Difference
 
 #: Copies are cut to so many experts that their weights stay at about this count; all experts where they fit.
 _WEIGHTS_LIMIT = 2**26
@@ -70,22 +71,26 @@ def verify(model: nn.Module, pattern: Pattern) -> Verified:
     if site.device == "meta":
         return Verified(pattern.name, site.fqn, pattern.backend, (), "not run: the model has no weights yet (meta device)")
     module, kind = model.get_submodule(site.fqn), KINDS[site.kind]
-    sizes = _affordable(kind, spec)
+    if kind.trial is None:
+        return Verified(pattern.name, site.fqn, pattern.backend, (), "not run: it cannot be tried apart from its model")
+    sizes = {} if kind.dense else _affordable(kind, spec)
     cut = spec.resized(sizes)
     device, dtype = torch.device(site.device), getattr(torch, site.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    args = kind.trial(cut, dtype, device, torch.Generator().manual_seed(0))
-    in_wide = tuple(a.to(wide) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    call = kind.trial(cut, dtype, device, torch.Generator().manual_seed(0))
 
     # One copy at a time: a layer's experts may be most of a device's free memory.
-    truth = trial.run(replica(module, sizes, slice_fill(wide)), in_wide, forward=trial.eager_forward(module))
-    theirs = None if dtype == wide else trial.run(replica(module, sizes, slice_fill(dtype)), args, forward=_own_path(module))
-    twin = trial.inject(replica(module, sizes, slice_fill(dtype)), kind.injections(cut, pattern.backend, None))
-    ours = trial.run(twin, args)
+    def tried(backend: str | None, as_dtype: torch.dtype, arguments: Call, forward) -> dict[str, torch.Tensor]:
+        subject = kind.subject(module, cut, backend, lambda original: replica(original, sizes, slice_fill(as_dtype)))
+        return trial.run(subject, arguments, forward=kind.call or (None if kind.stand_in else forward))
+
+    truth = tried(None, wide, call.mapped(lambda t: t.to(wide)), trial.eager_forward(module))
+    theirs = None if dtype == wide else tried(None, dtype, call, _own_path(module))
+    ours = tried(pattern.backend, dtype, call, None)
     note = "" if not sizes else f"tried on a part of it: {kind.computes(cut).describe()}"
     result = Verified(pattern.name, site.fqn, pattern.backend, tuple(trial.differences(truth, ours, theirs)), note)
     if not result.ok:
-        raise NumericMismatch(_words(result, site.class_name))
+        raise NumericMismatch(_words(result, site.class_name, kind.backends))
     return result
 
 
@@ -116,10 +121,10 @@ def _affordable(kind: Kind, spec: Any) -> dict[int, int]:
     return size_map(num_experts=count, hidden=hidden, intermediate=intermediate, experts=2, wide=min(256, hidden), narrow=min(128, intermediate))
 
 
-def _words(result: Verified, class_name: str) -> str:
+def _words(result: Verified, class_name: str, table: str) -> str:
     bad = [d for d in result.differences if not d.ok]
     rows = "; ".join(f"{d.what} {d.ours:.1e} (limit {d.limit:.1e})" for d in bad)
     return (
         f"{result.fqn} ({class_name}): the backend {result.backend!r} does not compute what the module does. Relative errors: {rows}. "
-        "Everything was rolled back. Choose another backend, for example optimize(model, experts='reference'), and please report this."
+        f"Everything was rolled back. Choose another backend, for example optimize(model, {table}='reference'), and please report this."
     )

@@ -6,6 +6,7 @@ neither read nor written, so their results are undefined and callers must not us
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes, of torch's grouped GEMM
 
 
+@functools.cache
 def why_not_grouped(dtype: torch.dtype, widths: tuple[int, ...], device: torch.device) -> str | None:
     """None if torch's grouped GEMM takes these matrices, else the reason in words.
 

@@ -30,10 +30,10 @@ def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | N
     twin = replica(original, {}, lambda tensor, shape: tensor.detach().clone())
     scaled = spec.resized(sizes)
     trial.inject(twin, KINDS[kind].injections(scaled, "reference", None))
-    args = KINDS[kind].trial(scaled, torch.float32, torch.device("cpu"), generator)
+    call = KINDS[kind].trial(scaled, torch.float32, torch.device("cpu"), generator)
     try:
-        theirs = trial.run(original, args, forward=trial.eager_forward(original))
-        ours = trial.run(twin, args)
+        theirs = trial.run(original, call, forward=trial.eager_forward(original))
+        ours = trial.run(twin, call)
     except Exception as error:  # a family's code may fail in any way on a layout that is not its own
         return f"a scale model of it cannot be run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     worst = max(trial.differences(theirs, ours), key=lambda d: math.inf if math.isnan(d.ours) else d.ours)
@@ -54,7 +54,8 @@ def recognise(gate: Callable[[Tensor], Tensor], layout: ExpertsLayout, numbers: 
     pairs = torch.cat([torch.randn(256, 2, generator=generator) * 3, torch.cartesian_prod(line[::8], line[::8]), torch.stack([line, line.flip(0)], -1)])
     gated = layout.gate_form != "none"
     # [R, 2] is a canonical pre-activation of width I = 1; without a gate only the first column is used.
-    pre = pairs if gated else pairs[:, :1]
+    # In double precision: erf cancels where its argument is negative.
+    pre = (pairs if gated else pairs[:, :1]).double()
     try:
         with torch.no_grad():
             wanted = gate(layout.to_family(pre))
@@ -63,7 +64,7 @@ def recognise(gate: Callable[[Tensor], Tensor], layout: ExpertsLayout, numbers: 
     first, second = split_gate((pre,), "concatenated" if gated else "none")
     for activation in candidates(gated, numbers):
         got = activation.forward(first, second)
-        if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-5, atol=1e-6):
+        if got.shape == wanted.shape and torch.allclose(got, wanted.to(got.dtype), rtol=1e-5, atol=1e-6):
             return activation
     return None
 

@@ -25,7 +25,7 @@ def suspects(scan: Scan, taken: set[int]) -> list[Refusal]:
     """
     inside = _under(scan, taken)
     refusals, settled = [], set(taken)
-    for test, reason in ((_is_list, "its experts are separate modules, and no matcher stacks them yet"), (_owns_stack, "no matcher takes a module with this call and these parameters")):
+    for test, reason in ((is_list, "its experts are separate modules, and no matcher stacks them yet"), (_owns_stack, "no matcher takes a module with this call and these parameters")):
         for found in scan:
             if id(found.module) in inside or _above(scan, found, settled) or not test(found):
                 continue
@@ -65,7 +65,7 @@ def _named(found: Found) -> bool:
     return bool(_NAME.search(found.fqn.rpartition(".")[2]) or _NAME.search(type(found.module).__name__))
 
 
-def _is_list(found: Found) -> bool:
+def is_list(found: Found) -> bool:
     """A list or dict called experts that holds at least two modules of one class with weights."""
     classes = [type(child) for child in found.module.children() if next(child.parameters(), None) is not None]
     return isinstance(found.module, (nn.ModuleList, nn.ModuleDict)) and _named(found) and len(classes) > 1 and len(set(classes)) == 1

@@ -41,14 +41,14 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fs
     for pretrained in [m for m in model.modules() if isinstance(m, PatchedModel)]:
         journal.do(ReplaceState(pretrained, ShardedModel, pretrained._moepatch))
         journal.do(AnswerTrainer(pretrained.config))
-    sharded = [_split(model, site, meshes, dispatch, journal) for p in plan.patterns if p.backend for site in p.sites if can_split(site)]
+    sharded = [_split(model, site, meshes, dispatch, journal) for p in plan.mixture if p.backend for site in p.sites if can_split(site)]
     if meshes.experts is not None:
         for module in sharded:
             others = {p for p in module.parameters() if not isinstance(p, DTensor)}
             journal.do(FullyShard(module, meshes.experts, others))
     if fsdp:
         ignored = {p for module in sharded for p in module.parameters() if isinstance(p, DTensor)}
-        for unit in _units(model):
+        for unit in units(model):
             _shard_odd_dtypes(unit, meshes.dense, ignored, journal)
             journal.do(FullyShard(unit, meshes.dense, ignored))
         _shard_odd_dtypes(model, meshes.dense, ignored, journal)
@@ -80,9 +80,10 @@ def choose_dispatch(plan: Plan, mesh: DeviceMesh, asked: str | Callable[[dist.Pr
     if callable(asked):
         return Dispatch(getattr(asked, "__name__", type(asked).__name__), asked, "passed in by the caller")
     group, device = mesh["ep"].get_group(), torch.device(mesh.device_type)
-    if group.size() == 1 and asked is None:
-        return Dispatch("local", registry.compute("dispatch", "local"), "ep=1: every rank has all experts")
-    layers = [(KINDS[p.site.kind].computes(p.site.spec), getattr(torch, p.site.dtype)) for p in plan.patterns if p.backend and can_split(p.site)]
+    layers = [(KINDS[p.site.kind].computes(p.site.spec), getattr(torch, p.site.dtype)) for p in plan.mixture if p.backend and can_split(p.site)]
+    if asked is None and (group.size() == 1 or not layers):
+        why = "ep=1: every rank has all experts" if layers else "there are no experts to split"
+        return Dispatch("local", registry.compute("dispatch", "local"), why)
     candidates = [b for b in registry.backends("dispatch") if b.name != "local"] if asked is None else [registry.backend("dispatch", asked)]
     reasons = {b.name: next((r for spec, dtype in layers if (r := _why_not(b, spec, dtype, device, group))), None) for b in candidates}
     everywhere: list[dict[str, str | None]] = [{}] * dist.get_world_size()
@@ -159,10 +160,10 @@ def _shard_odd_dtypes(unit: nn.Module, mesh: DeviceMesh, ignored: set[nn.Paramet
             journal.do(FullyShard(module, mesh, ignored))
 
 
-def _units(model: nn.Module) -> list[nn.Module]:
+def units(model: nn.Module) -> list[nn.Module]:
     """The modules that FSDP2 gathers one at a time: the elements of the outermost lists of modules, such as decoder layers."""
-    units: list[nn.Module] = []
+    found: list[nn.Module] = []
     for child in model.children():
         elements = list(child) if isinstance(child, nn.ModuleList) else []
-        units += [e for e in elements if next(e.parameters(), None) is not None] if elements else _units(child)
-    return list({id(unit): unit for unit in units}.values())
+        found += [e for e in elements if next(e.parameters(), None) is not None] if elements else units(child)
+    return list({id(unit): unit for unit in found}.values())

@@ -39,6 +39,7 @@ def html_of_report(report: Report) -> str:
         _refusals(plan.refusals),
         _verified(report.verified),
         _bullets("Notes", report.notes),
+        _bullets("Compiled", tuple(map(str, report.compiled))),
     )
 
 
@@ -53,7 +54,7 @@ def html_of_inspection(inspection: Inspection) -> str:
     cards += [_card("weights", words.sizes(estimate.bytes_by_dtype))]
     cards += [_card("files", words.sizes(inspection.weights.bytes_by_dtype))] if inspection.weights is not None else []
     colour = {0: _GOOD, 2: _FAIR, 3: _BAD}[inspection.exit_code]
-    cards.append(_card("result", words.verdict(inspection.exit_code, inspection.patched), colour))
+    cards.append(_card("result", words.verdict(inspection.exit_code, inspection.patched, bool(inspection.plan.mixture)), colour))
     titles = ("before", "now") if inspection.patched else ("now", "planned")
     return _fragment(
         inspection.model_class,

@@ -72,6 +72,7 @@ def view_of_report(report: Report) -> Group:
             _refusals(report.plan.refusals),
             _verified(report.verified),
             _bullets("notes", report.notes),
+            _bullets("compiled", tuple(map(str, report.compiled))),
             seconds if report.seconds else [],
         ),
     )
@@ -86,7 +87,7 @@ def view_of_inspection(inspection: Inspection) -> Group:
     titles = ("before", "now") if inspection.patched else ("now", "planned")
     style = {0: "green", 2: "yellow", 3: "red"}[inspection.exit_code]
     end = [_fact("files", words.sizes(inspection.weights.bytes_by_dtype))] if inspection.weights is not None else []
-    end += [_fact("source", inspection.source), _fact("result", words.verdict(inspection.exit_code, inspection.patched), style)]
+    end += [_fact("source", inspection.source), _fact("result", words.verdict(inspection.exit_code, inspection.patched, bool(inspection.plan.mixture)), style)]
     return Group(
         *lines,
         *_blocks(

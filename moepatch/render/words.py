@@ -138,12 +138,12 @@ def patched_words(report: Report) -> str:
     return f"{report.patched} module{'' if report.patched == 1 else 's'} patched"
 
 
-def verdict(exit_code: int, patched: bool) -> str:
+def verdict(exit_code: int, patched: bool, has_experts: bool = True) -> str:
     """What an inspection comes to."""
     verb = "is" if patched else "can be"
     return {
-        0: f"every mixture of experts {verb} patched",
-        2: f"some of the mixture of experts {verb} patched, some is left alone",
+        0: f"every mixture of experts {verb} patched" if has_experts else f"no mixture of experts in it; the rest {verb} patched",
+        2: f"some of it {verb} patched, some is left alone",
         3: "nothing here that moepatch can patch",
     }[exit_code]
 

@@ -1,0 +1,251 @@
+"""Times training steps of whole models: stacks side by side, on the same shape, weights, tokens and routing, in one run.
+
+    python bench/step.py --model Qwen3-30B-A3B --layers 8
+    python bench/step.py --model gpt-oss-20b --layers 12 --stacks transformers moepatch --profile --out results.jsonl --plot results.png
+    torchrun --nproc-per-node 2 bench/step.py --model Qwen3-30B-A3B --optimizer --out results.jsonl
+    python bench/step.py --tiny --repeats 3                          a try without a GPU
+
+Forward with loss and backward are timed apart on the device, medians of the slowest rank; tok/s, TFLOP/s and MFU are of both together, memory
+is of the fullest rank. Gradients are set to None between steps and no optimizer runs, unless `--optimizer` times it apart. FLOPs are counted by a formula
+(`models.flops_per_token`), the same for every stack. A stack that is not installed is skipped, one that fails is reported, and the others go on; with
+`--isolate` each has processes of its own, which also survives a stack that hangs (`--timeout`). JSON lines are written as soon as they are known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import faulthandler
+import gc
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import step_measure
+import torch
+import torch.distributed as dist
+from models import CONFIGS, flops_per_token, make_config
+from stacks import STACKS, Setting, available, undone
+from step_table import machine, show
+from step_weights import materialise, meta_model
+
+import moepatch
+from moepatch.estimate import estimate
+from moepatch.plan import make_plan
+from moepatch.routing import balanced_routing, hot_routing
+
+ROUTINGS = {"native": lambda model, seed: contextlib.nullcontext(), "balanced": balanced_routing, "hot": hot_routing}
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Parses the command line, measures, prints, writes. Returns the rows."""
+    arguments = _parse(argv)
+    # NVLink multicast is not to be had on every host, and NCCL fails where it tries.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    rows = _isolated(arguments) if arguments.isolate else _together(arguments)
+    if rows and int(os.environ.get("RANK", 0)) == 0:
+        if not arguments.quiet:
+            show(rows)
+        if arguments.plot:
+            _plot(rows, arguments.plot)
+    return rows
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="Qwen3-30B-A3B", choices=sorted(CONFIGS))
+    parser.add_argument("--layers", type=int, help="a slice of the model: its first so many layers")
+    parser.add_argument("--batch", type=int, default=1, help="sequences of each rank")
+    parser.add_argument("--seq", type=int, help="tokens of a sequence; 4096 by default, 64 if tiny")
+    parser.add_argument("--routing", default="balanced", choices=sorted(ROUTINGS))
+    parser.add_argument("--stacks", nargs="*", default=list(STACKS), choices=sorted(STACKS), metavar="STACK", help=f"of {', '.join(STACKS)}")
+    parser.add_argument("--ep", type=int, help="over how many ranks the experts of a layer are spread; all by default")
+    parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="for moepatch.optimize in the stack moepatch, such as loss=none")
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--optimizer", action="store_true", help="time an AdamW step too")
+    parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
+    parser.add_argument("--profile", action="store_true", help="sort the time of a step by category")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true", help="narrow layers, few of them")
+    parser.add_argument("--isolate", action="store_true", help="each stack in processes of its own")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds until a stack counts as hung: its process says where it is and ends")
+    parser.add_argument("--out", help="append one JSON line per stack to this file")
+    parser.add_argument("--plot", help="write a PNG; with --profile a second one, NAME-waterfall.png")
+    parser.add_argument("--quiet", action="store_true", help="no table")
+    arguments = parser.parse_args(argv)
+    arguments.seq = arguments.seq or (64 if arguments.tiny else 4096)
+    arguments.given = sys.argv[1:] if argv is None else argv
+    return arguments
+
+
+def _together(arguments: argparse.Namespace) -> list[dict]:
+    """All stacks one after another in this process."""
+    setting = _start(arguments)
+    shape = _shape(arguments)
+    rows = []
+    try:
+        for name in arguments.stacks:
+            faulthandler.dump_traceback_later(arguments.timeout, exit=True, file=sys.__stderr__)
+            row = {"stack": name, **_row(name, arguments, setting, shape), **_facts(arguments, setting)}
+            faulthandler.cancel_dump_traceback_later()
+            rows.append(row)
+            if _rank() == 0:
+                _write(arguments.out, row)
+                print(f"{name}: {_in_words(row)}", file=sys.stderr, flush=True)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return rows
+
+
+def _isolated(arguments: argparse.Namespace) -> list[dict]:
+    """Each stack in a process of its own, on every rank; the next one begins when all of this rank's have ended."""
+    given = [word for word in arguments.given if word != "--isolate"]
+    rows = []
+    for index, name in enumerate(arguments.stacks):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "row")
+            environment = dict(os.environ)
+            if "MASTER_PORT" in environment:
+                # Children meet by themselves: the store that torchrun holds still belongs to their parents.
+                environment |= {"MASTER_PORT": str(int(environment["MASTER_PORT"]) + 1 + index), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+            command = [sys.executable, __file__, *given, "--stacks", name, "--out", str(out), "--plot", "", "--quiet"]
+            code = subprocess.run(command, env=environment, check=False).returncode
+            found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        if int(os.environ.get("RANK", 0)) == 0:
+            lost = {"stack": name, "status": "failed", "why": f"its process ended with {code}", "model": arguments.model, **machine(torch.device("cpu"))}
+            for row in found or [lost]:
+                rows.append(row)
+                _write(arguments.out, row)
+    return rows
+
+
+def _start(arguments: argparse.Namespace) -> Setting:
+    """Joins the ranks that torchrun has started, if it has."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if world > 1:
+        patience = datetime.timedelta(seconds=arguments.timeout)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=device if gpu else None)
+    return Setting(world, arguments.ep or world, device, _options(arguments.options))
+
+
+def _options(words: list[str]) -> dict:
+    """``NAME=VALUE`` words as keyword arguments."""
+    known = {"none": None, "true": True, "false": False}
+    pairs = (word.partition("=") for word in words)
+    return {name: known.get(value.lower(), value) for name, _, value in pairs}
+
+
+def _shape(arguments: argparse.Namespace) -> dict:
+    """Facts of the model that all stacks share."""
+    config = make_config(arguments.model, arguments.layers, arguments.tiny)
+    model = meta_model(config, getattr(torch, arguments.dtype))
+    plan = make_plan(model)
+    sizes = estimate(model, replace(plan, patterns=plan.mixture))
+    flops = flops_per_token(model, config, sizes.active_params, arguments.seq)
+    return {"layers": config.num_hidden_layers, "params": sizes.total_params, "active_params": sizes.active_params, "gflops_per_token": round(flops / 1e9, 4)}
+
+
+def _row(name: str, arguments: argparse.Namespace, setting: Setting, shape: dict) -> dict:
+    """Measures one stack, whatever becomes of it, and cleans up after it."""
+    why_not = available(name, setting)
+    if why_not is not None:
+        return {"status": "skipped", "why": why_not, **shape}
+    try:
+        return {"status": "ok", **_measured(name, arguments, setting, shape), **shape}
+    except Exception as error:  # whatever a stack does wrong is its result, and the others go on
+        traceback.print_exc()
+        return {"status": "failed", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", **shape}
+    finally:
+        gc.collect()
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measured(name: str, arguments: argparse.Namespace, setting: Setting, shape: dict) -> dict:
+    model = meta_model(make_config(arguments.model, arguments.layers, arguments.tiny), getattr(torch, arguments.dtype))
+    alone = setting.world == 1
+    # What earlier stacks have not given back would count as this one's; --isolate avoids it.
+    left_over = {"left_over_gib": step_measure.held(setting.device)}
+    if alone:
+        materialise(model, setting.device, arguments.seed)
+    with undone(model):
+        model = STACKS[name].prepare(model, setting)
+        if not alone:
+            materialise(model, setting.device, arguments.seed)
+        if arguments.checkpointing:
+            _enable_checkpointing(model)
+        generator = torch.Generator().manual_seed(arguments.seed * 1000 + _rank())
+        ids = torch.randint(model.config.vocab_size, (arguments.batch, arguments.seq), generator=generator).to(setting.device)
+        flops = shape["gflops_per_token"] * 1e9
+        plan = step_measure.Plan(arguments.warmup, arguments.repeats, arguments.optimizer, arguments.profile, flops, shape["layers"])
+        with ROUTINGS[arguments.routing](model, arguments.seed):
+            return {**left_over, **step_measure.measure(model, ids, plan), "uses": _uses(model)}
+
+
+def _enable_checkpointing(model) -> None:
+    """Newer versions of transformers call it by another name."""
+    name = "activation_checkpointing_enable" if "activation_checkpointing_enable" in dir(model) else "gradient_checkpointing_enable"
+    getattr(model, name)({"use_reentrant": False})
+
+
+def _uses(model) -> list[str]:
+    """What computes: moepatch's backends and notes, or transformers' own functions."""
+    try:
+        report = moepatch.report(model)
+    except moepatch.MoePatchError:
+        return [f"attention: {model.config._attn_implementation}", f"experts: {model.config._experts_implementation or 'own forward'}"]
+    backends = [f"{len(p.sites)} × {p.name} ({p.site.spec.describe()}): {p.backend}" for p in report.plan.patterns if p.backend]
+    return [*backends, *report.notes]
+
+
+def _facts(arguments: argparse.Namespace, setting: Setting) -> dict:
+    """What somebody needs to run it again."""
+    shared = ("model", "batch", "seq", "routing", "options", "dtype", "seed", "warmup", "repeats", "checkpointing", "tiny")
+    launcher = ["python"] if setting.world == 1 else ["torchrun", "--nproc-per-node", str(setting.world)]
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    command = shlex.join([*launcher, "bench/step.py", *arguments.given])
+    where = {"ranks": setting.world, "ep": setting.ep, **machine(setting.device)}
+    return {**{key: vars(arguments)[key] for key in shared}, **where, "date": when, "command": command}
+
+
+def _in_words(row: dict) -> str:
+    return f"{row['step_ms']} ms, {row['tokens_per_s_per_gpu']:,.0f} tok/s/GPU" if row["status"] == "ok" else f"{row['status']}, {row['why']}"
+
+
+def _write(path: str | None, row: dict) -> None:
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _plot(rows: list[dict], path: str) -> None:
+    try:
+        from plot import comparison, waterfalls
+    except ImportError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+        return
+    comparison(rows, path)
+    if any("waterfall_ms" in row for row in rows):
+        waterfalls(rows, str(Path(path).with_suffix("")) + "-waterfall.png")
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+if __name__ == "__main__":
+    main()

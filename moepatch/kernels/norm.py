@@ -1,0 +1,227 @@
+"""RMS norms in Triton: one pass forward, one pass backward, also fused with a residual stream.
+
+M rows, each of G groups of N numbers (G = 1 unless the norm is grouped). Each launch says with constants where the norm rounds, so every
+family's forward is computed with the family's own rounding. Sums are in fp32. The truth is `moepatch.layers.norm.reference_norm`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..layers.norm import CASTS, GATES, NormSpec, reference_norm
+from .launch import launch
+from .norm_jit import backward_kernel, forward_kernel, sum_kernel
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+#: The widest row, or group, that a program holds in registers.
+WIDEST = 16384
+#: Bytes of a multiprocessor's shared memory that loads ahead may use.
+_AHEAD = 200 * 1024
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GATE_CODES = {None: 0, **{name: code for code, name in enumerate(GATES, 1)}}
+
+
+def norm(x: Tensor, weight: Tensor | None, spec: NormSpec, gate: Tensor | None = None) -> Tensor:
+    """The norm of `x`; arguments and result as for `reference_norm`, which takes what the kernels do not."""
+    if not _serves(x, weight, spec):
+        return reference_norm(x, weight, spec, gate)
+    return _Norm.apply(x, None, weight, gate, spec, False)
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor | None, spec: NormSpec) -> tuple[Tensor, Tensor]:
+    """``total = residual + x`` and the norm of it, in one pass; backward adds the gradient of the total inside the norm's.
+
+    Args:
+        x: what a branch returned, ``[..., N]``.
+        residual: of the same shape.
+        weight, spec: of the norm; it must not be gated.
+
+    Returns:
+        The total, rounded as torch rounds the sum, and its norm.
+    """
+    if x.dtype != residual.dtype or x.shape != residual.shape or not _serves(x, weight, spec):
+        total = residual + x
+        return total, norm(total, weight, spec)
+    return _Norm.apply(x, residual, weight, None, spec, False)
+
+
+def fork_norm(x: Tensor, weight: Tensor | None, spec: NormSpec) -> tuple[Tensor, Tensor]:
+    """`x` and its norm; both gradients come together inside the norm's backward pass, which autograd would add in one of its own."""
+    if not _serves(x, weight, spec):
+        return x, reference_norm(x, weight, spec)
+    return _Norm.apply(x, None, weight, None, spec, True)
+
+
+def _serves(x: Tensor, weight: Tensor | None, spec: NormSpec) -> bool:
+    """Whether the kernels can take this input; the device may have changed since the patch."""
+    width = x.shape[-1]
+    return (
+        (x.is_cuda or _interpreted())
+        and x.dtype in _DTYPES
+        and (spec.group or width) <= WIDEST
+        and (weight is None or weight.shape[0] == width and weight.dtype in (x.dtype, torch.float32))
+        and x.numel() > 0
+    )
+
+
+@functools.cache
+def _interpreted() -> bool:
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+class _Norm(torch.autograd.Function):
+    """All forms: with a residual or `fork` it returns ``(stream, normed)``, else the norm alone."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, gate, spec, fork):
+        rows = _Rows(x, spec, flat=gate is not None or residual is not None)
+        x = rows.tensor
+        y = torch.empty(x.shape, dtype=_result_dtype(x, weight, spec), device=x.device)
+        total = None
+        if residual is not None:
+            residual = residual.contiguous()
+            total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if gate is not None:
+            gate = gate.contiguous()
+        rstd = torch.empty(rows.count * rows.groups, dtype=torch.float32, device=x.device)
+        _forward(rows, residual, weight, gate, y, total, rstd, spec)
+        ctx.spec, ctx.form = spec, (residual is not None, fork)
+        ctx.save_for_backward(x if total is None else total, weight, gate, rstd)
+        if total is not None:
+            return total, y
+        return (x.view_as(x), y) if fork else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, weight, gate, rstd = ctx.saved_tensors
+        added, fork = ctx.form
+        dy = grads[-1].contiguous()
+        dstream = grads[0].contiguous() if added or fork else None
+        rows = _Rows(x, ctx.spec, flat=gate is not None)
+        dx, dweight, dgate = _backward(rows, dy, dstream, weight, gate, rstd, ctx.spec, weight is not None and ctx.needs_input_grad[2])
+        return dx, dx if added else None, dweight, dgate, None, None
+
+
+def _result_dtype(x: Tensor, weight: Tensor | None, spec: NormSpec) -> torch.dtype:
+    plain = weight is None or spec.cast == "after" or spec.gate is not None and not spec.gate_first
+    return x.dtype if plain else torch.promote_types(x.dtype, weight.dtype)
+
+
+class _Rows:
+    """Where the rows of a tensor ``[..., G*N]`` are in memory: row r at ``r // inner * outer_stride + r % inner * inner_stride``.
+
+    Two strides are enough for the heads of a fused projection's result; anything else, and everything where `flat` asks for one stride
+    that a second tensor shares, is copied.
+
+    Attributes:
+        tensor: the tensor or its copy.
+        count, groups, width: M, G and N.
+    """
+
+    def __init__(self, x: Tensor, spec: NormSpec, flat: bool = False):
+        size = x.shape[-1]
+        self.groups, self.width = (size // spec.group, spec.group) if spec.group else (1, size)
+        self.count = x.numel() // size
+        self.tensor, self.inner, self.outer_stride, self.inner_stride = x, 1, size, 0
+        if x.is_contiguous():
+            return
+        levels = _levels(x)
+        if levels is None or len(levels) > (1 if flat else 2):
+            self.tensor = x.contiguous()
+        elif len(levels) == 2:
+            (self.inner, self.inner_stride), (_, self.outer_stride) = levels
+        elif levels:
+            self.outer_stride = levels[0][1]
+
+
+def _levels(x: Tensor) -> list[tuple[int, int]] | None:
+    """``(size, stride)`` of the leading axes, the innermost first, after merging what lies behind one another; None if rows are not dense."""
+    if x.stride(-1) != 1:
+        return None
+    levels: list[tuple[int, int]] = []
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if levels and stride == levels[-1][0] * levels[-1][1]:
+            levels[-1] = (levels[-1][0] * size, levels[-1][1])
+        elif size > 1:
+            levels.append((size, stride))
+    return levels
+
+
+# --- launches ------------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _tile(width: int) -> tuple[int, int, int]:
+    """Columns and rows of a program's tile, and its warps: 16 bytes a thread and load, 16 numbers a thread where the row allows it."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, 2048 // block)
+    return block, rows, min(16, max(4, block * rows // 512))
+
+
+@functools.cache
+def _backward_tile(width: int) -> tuple[int, int, int, int]:
+    """The same for the backward pass, and programs per multiprocessor: few, since each leaves a row of weight gradients to be summed."""
+    block = triton.next_power_of_2(width)
+    rows = max(1, 4096 // block)
+    warps = min(16, max(8, block * rows // 512))
+    return block, rows, warps, 16 // warps
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return 2 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _constants(spec: NormSpec, rows: _Rows, weight: Tensor | None) -> dict:
+    return {
+        "N": rows.width,
+        "INNER": rows.inner,
+        "GROUPS": rows.groups,
+        "WEIGHT": weight is not None,
+        "OFFSET": spec.offset,
+        "CAST": CASTS.index(spec.cast),
+        "GATE": _GATE_CODES[spec.gate],
+        "GATE_FIRST": spec.gate_first,
+    }
+
+
+def _forward(rows: _Rows, residual, weight, gate, y, total, rstd, spec: NormSpec) -> None:
+    block, tile, warps = _tile(rows.width)
+    x, grid = rows.tensor, (triton.cdiv(rows.count, tile), rows.groups)
+    launch(forward_kernel, grid,
+        x, residual, weight, gate, y, total, rstd, rows.count, rows.outer_stride, rows.inner_stride, spec.eps,
+        BLOCK=block, ROWS=tile, ADD=residual is not None, **_constants(spec, rows, weight), num_warps=warps,
+    )  # fmt: skip
+
+
+def _backward(rows: _Rows, dy, dstream, weight, gate, rstd, spec: NormSpec, wants_weight: bool):
+    """Gradients of input, weight and gate; None for what there is not."""
+    block, tile, warps, crowd = _backward_tile(rows.width)
+    x = rows.tensor
+    steps = triton.cdiv(rows.count, tile)
+    programs = min(steps, max(1, crowd * _multiprocessors(x.device.index) // rows.groups))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dgate = torch.empty(x.shape, dtype=gate.dtype, device=x.device) if gate is not None else None
+    dweight = torch.empty_like(weight) if wants_weight else None
+    ahead = block * tile * sum(t.element_size() for t in (x, dy, dstream, gate) if t is not None)
+    partial = torch.empty(rows.groups * programs * rows.width, dtype=torch.float32, device=x.device) if wants_weight else None
+    launch(backward_kernel, (programs, rows.groups),
+        dy, dstream, x, weight, gate, rstd, dx, dgate, partial, rows.count, rows.outer_stride, rows.inner_stride,
+        BLOCK=block, ROWS=tile, STREAM=dstream is not None, DWEIGHT=wants_weight,
+        STAGES=max(1, min(3, _AHEAD // crowd // ahead)), **_constants(spec, rows, weight), num_warps=warps,
+    )  # fmt: skip
+    if wants_weight:
+        columns = 16
+        launch(sum_kernel, (triton.cdiv(rows.width, columns), rows.groups),
+            partial, dweight, programs, N=rows.width, COLUMNS=columns, ROWS=min(512, triton.next_power_of_2(programs)), num_warps=8,
+        )  # fmt: skip
+    return dx, dweight, dgate

@@ -1,0 +1,68 @@
+"""What moepatch has to know of one kind of module: what is injected where, how a module of it is tried, and how it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .surgery import Patched, Step
+from .trial import Call, inject
+
+Injections = Mapping[str, tuple[type[Patched], object]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to patch, try and time one kind of module.
+
+    Attributes:
+        name: as in `Site.kind`.
+        pattern: the prefix of its pattern's name in tables.
+        backends: which table of backends serves it.
+        injections: from (spec, backend, implementation) to mixin and state, for the module itself (key ``""``) and for submodules by
+            relative name. `implementation` is what transformers' own switch said at the time of the patch.
+        trial: a small random call, from (spec, dtype, device, generator). None: a site cannot be tried on its own.
+        computes: from the spec to the part of it that the backend computes.
+        widths: from the spec to H and I, or to the widths of one matrix; for kinds that hold experts.
+        holder: from the spec to the relative name of the module that holds the experts' weights.
+        steps: from (module, spec, backend) to what else is done to the model when a site is patched.
+        relayout: from the patched module and its spec to steps that move its weights, done when the patch has been verified.
+        call: how a module, patched or not, is called when it is tried, ``(module, *args)``; None: by its forward.
+        stand_in: from (spec, backend) to a module that is tried in the site's place, where the patch is not an injection.
+        bench: the same as `trial` at a size that users run, with the number of tokens as last argument; None: backends are not timed
+            against each other.
+        dense: whether it belongs to the dense half of a model, not to its mixture of experts.
+    """
+
+    name: str
+    pattern: str
+    backends: str
+    injections: Callable[[Any, str, str | None], Injections] = lambda spec, backend, implementation: {}
+    trial: Callable[[Any, torch.dtype, torch.device, torch.Generator], Call] | None = None
+    computes: Callable[[Any], Any] = lambda spec: spec
+    widths: Callable[[Any], tuple[int, int]] | None = None
+    holder: Callable[[Any], str] = lambda spec: ""
+    steps: Callable[[nn.Module, Any, str], Sequence[Step]] = lambda module, spec, backend: ()
+    relayout: Callable[[nn.Module, Any], Sequence[Step]] = lambda module, spec: ()
+    call: Callable[..., Any] | None = None
+    stand_in: Callable[[Any, str], nn.Module] | None = None
+    bench: Callable[[Any, torch.dtype, torch.device, torch.Generator, int], Call] | None = None
+    dense: bool = False
+
+    def subject(self, module: nn.Module, spec: Any, backend: str | None, copied: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        """What is tried: a copy of a module, patched with a backend (None: as the family wrote it), or what stands in for it.
+
+        Args:
+            module: the site's, patched or not; not changed.
+            spec: of the copy.
+            backend: a name of this kind's table, or None.
+            copied: makes the copy.
+        """
+        if self.stand_in is not None:
+            return self.stand_in(spec, backend or "reference")
+        copy = copied(module)
+        return copy if backend is None else inject(copy, self.injections(spec, backend, None))

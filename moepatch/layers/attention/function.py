@@ -1,0 +1,152 @@
+"""The functions behind transformers' attention interface, one for each name of moepatch.
+
+A name stands for a list of kernels. A call goes to the first that serves it; what none serves (a cache, a dense mask, dropout, a bias,
+weights that are asked for, the CPU) goes to `exact`. No choice looks at tensors' values, so nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .exact import dense_mask, plain_attention, sdpa_attention, with_borders
+from .kernel import How, Kernel, first_that_serves
+from .masks import Mask
+from .packing import Packing
+from .spec import CAUSAL, FULL, AttentionSpec
+
+#: Which kernels a backend tries, in this order.
+CHAINS: dict[str, tuple[str, ...]] = {
+    "reference": (),
+    "torch": (),
+    "cudnn": ("cudnn", "flash"),
+    "te": ("te", "cudnn", "flash"),
+    "fa4": ("fa4", "cudnn", "flash"),
+}
+
+
+@functools.cache
+def kernels(backend: str) -> tuple[Kernel, ...]:
+    """The kernels of a backend; importing them imports no library."""
+    from .fa4 import FA4
+    from .te import TE
+    from .torch_kernels import CUDNN, FLASH
+
+    known = {"cudnn": CUDNN, "flash": FLASH, "te": TE, "fa4": FA4}
+    return tuple(known[name] for name in CHAINS[backend])
+
+
+def attention_function(backend: str, chain: Callable[[], Sequence[Kernel]] | None = None) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """A function for transformers' interface.
+
+    Args:
+        backend: a key of `CHAINS`.
+        chain: gives the kernels instead of that backend's own, for tests.
+    """
+    choose = _chooser(chain or functools.partial(kernels, backend))
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Mask | Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
+        output_attentions: bool | None = None,
+        **unused,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As transformers' own: q ``[B, H, S, D]``, k and v ``[B, G, K, D]`` to ``[B, S, H, Dv]`` and weights, or None in their place."""
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        weights = _wants_weights(module) if output_attentions is None else output_attentions
+        borders = _borders(cu_seq_lens_q, max_length_q, attention_mask, query)
+        if not (weights or dropout or position_bias is not None or isinstance(attention_mask, Tensor)) and _is_whole(query, key):
+            query, key, value = _autocast(query, key, value)
+            window = attention_mask.window if attention_mask is not None else CAUSAL if causal else FULL
+            packed = borders is not None or (attention_mask is not None and attention_mask.packed)
+            dims = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+            kernel = choose(*dims, window, s_aux is not None, softcap, packed, query.dtype, query.device)
+            if kernel is not None and query.dtype == key.dtype == value.dtype:
+                how = How(scale, window, s_aux, softcap)
+                if not packed:
+                    return kernel.run(query, key, value, how).contiguous(), None
+                return _run_packed(kernel, query, key, value, how, borders or attention_mask.packing), None
+        mask, causal = dense_mask(attention_mask, query, key, causal)
+        if borders is not None:
+            mask, causal = with_borders(mask, borders.cu_seqlens, query.shape[2], causal), False
+        if backend == "reference" or weights or softcap is not None or s_aux is not None or position_bias is not None:
+            extras = {"softcap": softcap, "sinks_H": s_aux, "bias": position_bias}
+            out, shares = plain_attention(query, key, value, mask, scale=scale, causal=causal, dropout=dropout, **extras)
+            return out, shares if weights else None
+        return sdpa_attention(query, key, value, mask, scale=scale, causal=causal, dropout=dropout), None
+
+    attention.__name__ = attention.__qualname__ = f"moepatch_{backend}"
+    return attention
+
+
+def _chooser(chain: Callable[[], Sequence[Kernel]]) -> Callable[..., Kernel | None]:
+    """The first kernel for a form of attention, remembered; under torch.compile it is asked while tracing."""
+
+    @functools.cache
+    def served(heads, kv_heads, head_dim, v_head_dim, window, sinks, softcap, packed, dtype, device) -> Kernel | None:
+        left, right = window
+        spec = AttentionSpec(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+            causal=right == 0,
+            window=None if left < 0 else left + 1,
+            sinks=sinks,
+            softcap=softcap,
+            packed=packed,
+        )
+        return first_that_serves(chain(), spec, dtype, device)
+
+    @torch.compiler.assume_constant_result
+    def choose(*form) -> Kernel | None:
+        return served(*form)
+
+    return choose
+
+
+def _is_whole(query: Tensor, key: Tensor) -> bool:
+    """Whether the queries are those of the keys' positions: no cache, and more than a kernel's overhead is worth."""
+    return 1 < query.shape[2] == key.shape[2] and query.shape[0] == key.shape[0]
+
+
+def _wants_weights(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    return config is not None and config.output_attentions
+
+
+def _borders(cu_seqlens: Tensor | None, max_len: int | None, mask: Mask | Tensor | None, query: Tensor) -> Packing | None:
+    """The sequences that the caller says to have packed in one row; the mask is for those who do not say."""
+    if cu_seqlens is None or query.shape[0] != 1 or not (mask is None or (isinstance(mask, Mask) and not mask.is_padded)):
+        return None
+    # A length on the device would have to be waited for: the row's own is an upper bound.
+    return Packing(cu_seqlens.to(torch.int32), max_len if isinstance(max_len, int) else query.shape[2])
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def _run_packed(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, how: How, packing: Packing) -> Tensor:
+    how = how._replace(cu_seqlens=packing.cu_seqlens, max_len=packing.max_len)
+    out_THD = kernel.run(packing.pack(query), packing.pack(key), packing.pack(value), how)
+    return packing.unpack(out_THD.contiguous(), query.shape[0], query.shape[2])

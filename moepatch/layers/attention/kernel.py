@@ -1,0 +1,86 @@
+"""What a kernel is, and the choice of one for a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spec import AttentionSpec, AttentionUse, Window
+
+
+class How(NamedTuple):
+    """What a kernel has to know besides queries, keys and values.
+
+    Attributes:
+        scale: of the scores.
+        window: how far a query sees.
+        sinks: logits ``[H]``, or None.
+        softcap: or None.
+        cu_seqlens: int32 ``[N+1]`` if sequences are packed, else None.
+        max_len: of the longest packed sequence.
+    """
+
+    scale: float
+    window: Window
+    sinks: Tensor | None = None
+    softcap: float | None = None
+    cu_seqlens: Tensor | None = None
+    max_len: int = 0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One library's attention.
+
+    Attributes:
+        name: for people.
+        why_not: from (spec, dtype, device) to None if it serves there, else the reason; spec None asks about the machine alone.
+        run: from q ``[B, H, S, D]``, k and v ``[B, G, S, D]`` to ``[B, S, H, Dv]``, or with ``how.cu_seqlens`` from ``[T, heads, dim]`` to
+            ``[T, H, Dv]``. Differentiable.
+    """
+
+    name: str
+    why_not: Callable[[AttentionSpec | None, torch.dtype, torch.device], str | None]
+    run: Callable[[Tensor, Tensor, Tensor, How], Tensor]
+
+
+def first_that_serves(kernels: Sequence[Kernel], spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> Kernel | None:
+    """The kernel for one form of attention."""
+    return next((kernel for kernel in kernels if kernel.why_not(spec, dtype, device) is None), None)
+
+
+def why_not_all(kernels: Sequence[Kernel], use: AttentionUse | None, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a backend, led by its first kernel, is not for a model: the first serves no layer, or a layer is served by none."""
+    leader = kernels[0]
+    reason = leader.why_not(None, dtype, device)
+    if reason is not None or use is None:
+        return reason
+    reasons = [leader.why_not(form, dtype, device) for form, _ in use.forms]
+    if None not in reasons:
+        return reasons[0]
+    unserved = [form for form, _ in use.forms if first_that_serves(kernels, form, dtype, device) is None]
+    return f"{unserved[0].describe()}: {leader.why_not(unserved[0], dtype, device)}" if unserved else None
+
+
+def needs_gpu(dtype: torch.dtype, device: torch.device, capability: tuple[int, int]) -> str | None:
+    """What all fused kernels ask of a machine."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"needs an NVIDIA GPU, this is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, this is {str(dtype).removeprefix('torch.')}"
+    here = torch.cuda.get_device_capability(device)
+    if here < capability:
+        return f"needs compute capability {capability[0]}.{capability[1]}, this is {here[0]}.{here[1]}"
+    return None
+
+
+def wrong_dims(spec: AttentionSpec, limit: int) -> str | None:
+    """Head dims and head counts that no kernel takes."""
+    for dim in (spec.head_dim, spec.v_head_dim):
+        if dim % 8 or dim > limit:
+            return f"needs head dims that are multiples of 8 up to {limit}, this has {dim}"
+    return None if spec.heads % spec.kv_heads == 0 else f"needs as many queries for each key head, this has {spec.heads}/{spec.kv_heads}"

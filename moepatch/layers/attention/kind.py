@@ -1,0 +1,126 @@
+"""How moepatch patches the attention function of a model: by a name in its configuration, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kind import Kind
+from ...trial import Call
+from . import NAMES, register
+from .function import attention_function
+from .masks import Mask
+from .spec import CAUSAL, AttentionSpec, AttentionUse
+
+# An unpickled model finds its functions without `optimize`.
+register()
+
+_TRIAL_TOKENS = 160
+
+
+@dataclass
+class SetImplementation:
+    """The step that exchanges the attention function of one configuration. Its nested configurations keep theirs.
+
+    Attributes:
+        config: the configuration that the attention modules and their model share.
+        name: of the new function.
+        before: what it was.
+    """
+
+    config: Any
+    name: str
+    before: str | None = None
+
+    def do(self) -> None:
+        """Exchanges it."""
+        self.before = self.config._attn_implementation_internal
+        self.config._attn_implementation_internal = self.name
+
+    def undo(self) -> None:
+        """Puts it back, unless somebody has chosen another one since."""
+        if self.config._attn_implementation_internal == self.name:
+            self.config._attn_implementation_internal = self.before
+
+
+class AttentionCalls(nn.Module):
+    """The attentions of a model without the model: one call for each form, to compare and to time backends.
+
+    Args:
+        use: the forms.
+        backend: what computes them; ``reference`` is what the others are compared with.
+
+    Args of the call:
+        inputs: for each form q ``[B, H, S, D]``, k and v ``[B, G, S, D]`` and, with sinks, ``[H]``.
+
+    Returns:
+        For each form ``[B, S, H, Dv]``.
+    """
+
+    def __init__(self, use: AttentionUse, backend: str):
+        super().__init__()
+        self.forms = tuple(form for form, _ in use.forms)
+        self.attend = attention_function(backend)
+
+    def forward(self, inputs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """See the class."""
+        return tuple(self._one(form, *tensors) for form, tensors in zip(self.forms, inputs, strict=True))
+
+    def _one(self, form: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        batch, _, length, _ = q.shape
+        window = form.reach if form.window is None or form.window < length else replace(form, window=None).reach
+        mask = None if window == CAUSAL else Mask(window, _arguments(window, batch, length, q.device))
+        return self.attend(self, q, k, v, mask, is_causal=form.causal, softcap=form.softcap, s_aux=sinks, output_attentions=False)[0]
+
+
+def _arguments(window, batch: int, length: int, device: torch.device) -> dict[str, Any]:
+    """What transformers would have asked for a mask with this window."""
+    from transformers import masking_utils as hf
+
+    left, right = window
+    if left < 0:
+        function = hf.bidirectional_mask_function
+    elif right == 0:
+        function = hf.sliding_window_causal_mask_function(left + 1)
+    else:
+        function = hf.sliding_window_bidirectional_mask_function(left)
+    return {"batch_size": batch, "q_length": length, "kv_length": length, "mask_function": function, "device": device}
+
+
+def _call(use: AttentionUse, dtype: torch.dtype, device: torch.device, generator: torch.Generator, batch: int, length: int) -> Call:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+    inputs = []
+    for form, _ in use.forms:
+        shapes = ((form.heads, form.head_dim), (form.kv_heads, form.head_dim), (form.kv_heads, form.v_head_dim))
+        # Tokens first in memory, as projections leave them.
+        tensors = [random(batch, length, heads, dim).transpose(1, 2) for heads, dim in shapes]
+        inputs.append((*tensors, random(form.heads)) if form.sinks else tuple(tensors))
+    return Call((tuple(inputs),))
+
+
+def trial(use: AttentionUse, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
+    """A small call of `AttentionCalls`."""
+    return _call(use, dtype, device, generator, 2, _TRIAL_TOKENS)
+
+
+def bench(use: AttentionUse, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int) -> Call:
+    """A call of `AttentionCalls` with one sequence of `tokens`."""
+    return _call(use, dtype, device, generator, 1, tokens)
+
+
+ATTENTION_FUNCTION = Kind(
+    name="attention_function",
+    pattern="attention",
+    backends="attention",
+    steps=lambda module, spec, backend: (SetImplementation(module.config, NAMES[backend]),),
+    stand_in=AttentionCalls,
+    trial=trial,
+    bench=bench,
+    dense=True,
+)

@@ -1,0 +1,251 @@
+"""The attention module around the attention function: projections, head norms, rotary embedding, cache, output gate, output projection.
+
+Queries, keys and values come from one GEMM, and one kernel each way stands between it and the attention function, which is the one that
+transformers' registry names, called as the family calls it. B sequences of S tokens, H hidden, D head dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kind import Kind
+from ..layout.adjacent import Adjacent, joint_linear
+from ..registry import compute
+from ..surgery import Patched, Step, original_class
+from ..trial import Call
+from .rope import ROPES, HeadsSpec, reference_heads
+
+#: Where a keyword argument of the attention function comes from. In training only: ``training attribute``, ``training config``, else 0.0.
+SOURCES = ("constant", "attribute", "config", "training attribute", "training config")
+#: What the forward of such a module may take, beside keywords that it hands on.
+PARAMETERS = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A keyword argument that the family gives to the attention function.
+
+    Attributes:
+        name: of the argument.
+        source: one of `SOURCES`.
+        value: the constant, or the name of the attribute (of the module or its config).
+    """
+
+    name: str
+    source: str
+    value: Any
+
+    def of(self, module: nn.Module) -> Any:
+        """Its value now."""
+        if self.source == "constant":
+            return self.value
+        if self.source.startswith("training") and not module.training:
+            return 0.0
+        return getattr(module.config if self.source.endswith("config") else module, self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBlockSpec:
+    """What an attention module computes, and the names of its parts.
+
+    Attributes:
+        hidden: H.
+        heads: what lies between the projections and the attention function.
+        bias: whether the projections of queries, keys and values have biases.
+        inputs: their names, in this order.
+        output: the name of the output projection.
+        norms: names of the norms of queries and keys, or empty.
+        norm_class: the class of the norms as they were found.
+        gate: the name of a layer of tokens whose sigmoid multiplies the result, per number or per head; None without one.
+        partial: whether it rotates some of the dims of a head (the tables say how many).
+        arguments: what the attention function is given.
+        parameters: the names of the forward's arguments, in order.
+    """
+
+    hidden: int
+    heads: HeadsSpec
+    bias: bool
+    inputs: tuple[str, str, str]
+    output: str
+    norms: tuple[str, ...] = ()
+    norm_class: type | None = None
+    gate: str | None = None
+    partial: bool = False
+    arguments: tuple[Argument, ...] = ()
+    parameters: tuple[str, ...] = PARAMETERS
+
+    @property
+    def table_width(self) -> int:
+        """The width of tables of cos and sin for a trial: as many dims are rotated as can be, or half of them."""
+        return self.heads.head_dim // (2 if self.partial else 1) // (ROPES[self.heads.rope].width if self.heads.rope != "none" else 1)
+
+    def parameter_names(self) -> tuple[str, ...]:
+        """The parameters of the projections, relative to the module."""
+        biases = tuple(f"{name}.bias" for name in self.inputs) if self.bias else ()
+        return (*(f"{name}.weight" for name in self.inputs), *biases, f"{self.output}.weight")
+
+    def resized(self, sizes: Mapping[int, int]) -> AttentionBlockSpec:
+        """The same module at another hidden size and head dim; the numbers of heads stay."""
+        heads = replace(
+            self.heads,
+            head_dim=sizes.get(self.heads.head_dim, self.heads.head_dim),
+            value_dim=sizes.get(self.heads.value_dim, self.heads.value_dim),
+        )
+        return replace(self, hidden=sizes.get(self.hidden, self.hidden), heads=heads)
+
+    def describe(self) -> str:
+        """Sizes and what is between the projections and attention, on one line."""
+        h = self.heads
+        parts = [f"H={self.hidden} heads={h.heads}/{h.kv_heads}×{h.head_dim}"]
+        parts += [f"values {h.value_dim}"] if h.value_dim != h.head_dim else []
+        parts += [f"norm {h.norm.place}"] if h.norm else []
+        parts += ["no rope" if h.rope == "none" else f"rope {h.rope}" + (", partial" if self.partial else "")]
+        parts += ["gated"] if h.gated or self.gate else []
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For people and programs that read JSON."""
+        h = self.heads
+        return {
+            "hidden": self.hidden,
+            "layout": "q, k, v apart" + (", bias" if self.bias else "") + (", gate in q" if h.gated else ""),
+            "heads": h.heads,
+            "kv_heads": h.kv_heads,
+            "head_dim": h.head_dim,
+            "value_dim": h.value_dim,
+            "norm": h.norm.place if h.norm else None,
+            "rope": h.rope,
+            "partial": self.partial,
+            "gate": self.gate,
+            "arguments": {a.name: a.value if a.source == "constant" else f"{a.source} {a.value}" for a in self.arguments},
+        }
+
+
+@dataclass(frozen=True)
+class AttentionBlockState:
+    """What a patched attention module needs to know."""
+
+    spec: AttentionBlockSpec
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.spec.describe()}, backend={self.backend}"
+
+
+class PatchedAttentionBlock(Patched):
+    """Computes what the family's forward does, with its arguments, and returns what it returns: the result and the attention weights.
+
+    A projection or a norm that is more than it was (a LoRA layer, hooks) is called as it is.
+    """
+
+    _moepatch: AttentionBlockState
+
+    def forward(self, *args, **kwargs):
+        """See the class; arguments go by the family's own names and order."""
+        spec, backend = self._moepatch.spec, self._moepatch.backend
+        if args:
+            kwargs.update(zip(spec.parameters, args))
+        hidden_states, mask = kwargs.pop("hidden_states"), kwargs.pop("attention_mask", None)
+        # Where the family's forward does not know a table or a cache by name, it is one more keyword to hand on.
+        tables = kwargs.pop("position_embeddings", None) if "position_embeddings" in spec.parameters else None
+        cache = kwargs.pop("past_key_values", None) if "past_key_values" in spec.parameters else None
+        q, k, v, gate = self._heads(spec, backend, hidden_states, tables)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        registry, eager = attention_functions(original_class(self))
+        attend = registry.get_interface(self.config._attn_implementation, eager)
+        arguments = {argument.name: argument.of(self) for argument in spec.arguments}
+        y, attention_weights = attend(self, q, k, v, mask, **arguments, **kwargs)
+        y = self._gated(spec, y, gate, hidden_states).reshape(*hidden_states.shape[:-1], -1)
+        return self._modules[spec.output](y), attention_weights
+
+    def _heads(self, spec: AttentionBlockSpec, backend: str, x: Tensor, tables: tuple[Tensor, Tensor] | None):
+        """Queries, keys and values ``[B, heads, S, D]`` and the gate ``[B, S, heads, D]`` or None."""
+        joint, heads = self._projected(spec, x), spec.heads
+        if tables is None:  # some models have layers, or a setting, without rotation
+            heads = heads.unrotated
+        cos, sin = (None, None) if heads.rope == "none" else tables
+        if not spec.norms:
+            return compute("attention_block", backend)(joint, heads, None, None, cos, sin)
+        norms = [self._modules[name] for name in spec.norms]
+        if all(_is_bare(norm) and original_class(norm) is spec.norm_class for norm in norms):
+            return compute("attention_block", backend)(joint, heads, norms[0].weight, norms[1].weight, cos, sin)
+        return reference_heads(joint, heads, *norms, cos, sin)
+
+    def _projected(self, spec: AttentionBlockSpec, x: Tensor) -> Tensor:
+        """``[B, S, N]``: queries, keys, values."""
+        layers = [self._modules[name] for name in spec.inputs]
+        if not all(type(layer) is nn.Linear and _is_bare(layer) for layer in layers):
+            return torch.cat([layer(x) for layer in layers], -1)
+        tensors = [layer.weight for layer in layers] + ([layer.bias for layer in layers] if spec.bias else [])
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, *tensors = (t.to(dtype) for t in (x, *tensors))
+        return joint_linear(x, tensors[:3], tensors[3:] or None)
+
+    def _gated(self, spec: AttentionBlockSpec, y: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
+        """``[B, S, heads, D]`` times the sigmoid of the gate, if there is one."""
+        if spec.gate is not None:
+            gate = self._modules[spec.gate](x).unflatten(-1, (spec.heads.heads, -1))
+        return y if gate is None else y * torch.sigmoid(gate)
+
+
+def attention_functions(cls: type) -> tuple[Any, Any] | None:
+    """transformers' registry of attention functions and the family's eager one, as the forward of a class sees them; None without."""
+    names = inspect.unwrap(cls.forward).__globals__
+    if "ALL_ATTENTION_FUNCTIONS" not in names or "eager_attention_forward" not in names:
+        return None
+    return names["ALL_ATTENTION_FUNCTIONS"], names["eager_attention_forward"]
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether not calling a module's ``__call__`` leaves nothing out."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooked and "forward" not in module.__dict__
+
+
+def _inject(spec: AttentionBlockSpec, backend: str, implementation: str | None):
+    return {"": (PatchedAttentionBlock, AttentionBlockState(spec, backend))}
+
+
+def _call(spec: AttentionBlockSpec, dtype, device, generator, batch: int, sequence: int) -> Call:
+    def made(*shape):
+        return torch.randn(shape, generator=generator)
+
+    kwargs = {"hidden_states": made(batch, sequence, spec.hidden), "attention_mask": None}
+    if "position_embeddings" in spec.parameters:
+        angles = made(1, sequence, spec.table_width) * 3
+        kwargs["position_embeddings"] = (angles.cos(), angles.sin())
+    return Call(kwargs=kwargs).mapped(lambda t: t.to(device=device, dtype=dtype))
+
+
+def _trial(spec: AttentionBlockSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
+    return _call(spec, dtype, device, generator, batch=2, sequence=12)
+
+
+def _bench(spec: AttentionBlockSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int) -> Call:
+    return _call(spec, dtype, device, generator, batch=1, sequence=tokens)
+
+
+def _beside_each_other(module: nn.Module, spec: AttentionBlockSpec) -> Sequence[Step]:
+    """Weights and biases of the three projections beside each other, so that they are one operand."""
+    leaves = ("weight", "bias") if spec.bias else ("weight",)
+    return tuple(Adjacent(module, tuple(f"{name}.{leaf}" for name in spec.inputs)) for leaf in leaves)
+
+
+ATTENTION_BLOCK = Kind(
+    name="attention_block",
+    pattern="attention",
+    backends="attention_block",
+    injections=_inject,
+    trial=_trial,
+    relayout=_beside_each_other,
+    bench=_bench,
+    dense=True,
+)

@@ -1,0 +1,1 @@
+"""Cross-entropy of a causal language model without its logits: see `deferred` for how, `chunked` for the arithmetic."""

@@ -1,0 +1,86 @@
+"""The kind "loss": a head whose logits wait until somebody wants them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from ...kind import Injections, Kind
+from ...registry import compute
+from ...surgery import Patched
+from ...trial import Call
+from .deferred import defer
+from .head import Head, deferring, is_deferring
+from .spec import LossSpec
+
+
+@dataclass(frozen=True)
+class LossState:
+    """What a patched head keeps of its patch."""
+
+    spec: LossSpec
+    backend: str
+
+    def __str__(self) -> str:
+        return f"loss={self.backend}"
+
+
+class PatchedHead(Patched):
+    """A head whose logits wait until somebody wants them, while a loss is being computed. Else the head that it was."""
+
+    _moepatch: LossState
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., H]``."""
+        if not is_deferring() or not _is_plain(self, hidden):
+            return super().forward(hidden)
+        return defer(Head(self, hidden, super().forward, compute("loss", self._moepatch.backend)))
+
+
+def _is_plain(head: nn.Linear, hidden: Tensor) -> bool:
+    """Whether the fused loss can take the place of the head: dense tensors that are whole here and stay so until the loss."""
+    weight = head.weight
+    if type(hidden) is not Tensor or type(weight) not in (nn.Parameter, Tensor) or hidden.ndim < 2 or weight.device != hidden.device:
+        return False
+    same = hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type)
+    # As an FSDP2 unit of its own the head loses its weight when its forward returns, and gets its gradient by hooks on its logits.
+    return same and hidden.is_floating_point() and not isinstance(head, FSDPModule)
+
+
+def with_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a head, patched or not, as a causal language model computes it.
+
+    Args:
+        hidden: ``[T, H]``.
+        labels: ``[T]``, shifted already.
+    """
+    with deferring():
+        logits = head(hidden)
+    return nn.functional.cross_entropy(logits.float(), labels)
+
+
+def _call(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The loss as a matrix of one number: trials compare rows."""
+    return with_loss(head, hidden, labels).view(1, 1)
+
+
+def _inject(spec: LossSpec, backend: str, implementation: str | None) -> Injections:
+    return {"": (PatchedHead, LossState(spec, backend))}
+
+
+def _bench(spec: LossSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int) -> Call:
+    """Hidden states of a scale that gives logits of a few units, and labels of which some do not count."""
+    hidden = torch.randn(tokens, spec.hidden, generator=generator).to(device=device, dtype=dtype)
+    labels = torch.randint(0, spec.vocab, (tokens,), generator=generator)
+    labels[::7] = -100
+    return Call((hidden, labels.to(device)))
+
+
+def _trial(spec: LossSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
+    return _bench(spec, dtype, device, generator, 48)
+
+
+LOSS = Kind(name="loss", pattern="loss", backends="loss", injections=_inject, trial=_trial, call=_call, bench=_bench, dense=True)

@@ -1,0 +1,47 @@
+"""What all mixers ask of a call before they serve it, and the random calls they are tried with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...trial import Call
+
+#: Arguments that keep packed sequences apart. What a family does with them depends on the libraries that are installed: left to it.
+_PACKED = ("seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
+_TRIAL_TOKENS = 12
+
+
+def whole_sequences(mixer: nn.Module, conv: nn.Module, cache: Any, extra: Mapping[str, Any]) -> bool:
+    """True for training and prefill. Decoding, continued sequences, packed sequences and offloaded weights are left to the family.
+
+    Args:
+        mixer: has the `layer_idx` under which the cache knows it.
+        conv: the child whose weights are used without calling it.
+        cache: transformers' cache, or None.
+        extra: the other keyword arguments of the call.
+    """
+    if cache is not None and cache.has_previous_state(mixer.layer_idx):
+        return False
+    if "_hf_hook" in conv.__dict__ or torch.compiler.is_exporting():
+        return False
+    return all(extra.get(name) is None for name in _PACKED)
+
+
+def masked(x_BTH: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Padding set to 0, in the dtype of `x`."""
+    return x_BTH if mask_BT is None else (x_BTH * mask_BT[:, :, None]).to(x_BTH.dtype)
+
+
+def trial_call(spec, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
+    """Two short sequences of hidden states, as `Kind.trial` wants them."""
+    return bench_call(spec, dtype, device, generator, 2 * _TRIAL_TOKENS, sequences=2)
+
+
+def bench_call(spec, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int, sequences: int = 1) -> Call:
+    """Hidden states ``[B, T, H]`` with B·T = `tokens`, as `Kind.bench` wants them."""
+    x_BTH = torch.randn(sequences, tokens // sequences, spec.hidden, generator=generator)
+    return Call((x_BTH.to(device=device, dtype=dtype),))

@@ -1,0 +1,199 @@
+"""Pre-norm layers, whose sums and norms become one pass: ``h = h + child(norm(h))``, once or twice.
+
+Between two branches stands ``residual + x`` and then a norm of the sum: two passes over the tokens that one kernel can make, forward and
+backward. The children, the norms among them, stay modules of their own and sites of their own; a norm that is patched with the own kernels
+and carries no hook is computed together with the sum before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..kind import Kind
+from ..registry import compute
+from ..surgery import Patched
+from .norm import PatchedNorm, own_weight
+
+
+class Source(NamedTuple):
+    """Where an argument of a branch comes from.
+
+    Attributes:
+        kind: ``normed``, what the branch's norm returned; ``argument``, what the layer got under a name; ``constant``.
+        value: the name, or the constant.
+    """
+
+    kind: str
+    value: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """One ``child(norm(h), …)``.
+
+    Attributes:
+        norm, child: names of submodules.
+        args, kwargs: where the child's arguments come from.
+        rest: the child also gets the keywords that the layer has no name for.
+    """
+
+    norm: str
+    child: str
+    args: tuple[Source, ...]
+    kwargs: tuple[tuple[str, Source], ...]
+    rest: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualSpec:
+    """One layer.
+
+    Attributes:
+        width: of the stream.
+        parameters: names of the layer's parameters; the first is the stream.
+        defaults: of those that have one.
+        takes_rest: whether the layer takes other keywords.
+        branches: in order, one or two.
+    """
+
+    width: int
+    parameters: tuple[str, ...]
+    defaults: tuple[tuple[str, Any], ...]
+    takes_rest: bool
+    branches: tuple[Branch, ...]
+
+    def resized(self, sizes: Mapping[int, int]) -> ResidualSpec:
+        """The same layer at another width."""
+        return replace(self, width=sizes.get(self.width, self.width))
+
+    def describe(self) -> str:
+        """One line."""
+        return f"H={self.width} " + ", ".join(f"h + {b.child}({b.norm}(h))" for b in self.branches)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"width": self.width, "layout": "pre-norm", "branches": [[b.norm, b.child] for b in self.branches]}
+
+
+@dataclass(frozen=True)
+class ResidualState:
+    """What a patched layer needs to know."""
+
+    spec: ResidualSpec
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.spec.describe()}, backend={self.backend}"
+
+
+class StreamOps(NamedTuple):
+    """A backend of the table ``residual``.
+
+    Attributes:
+        fork: ``(norm module, stream) -> (stream, normed)``.
+        add: ``(norm module, branch, stream) -> (stream + branch, its norm)``.
+    """
+
+    fork: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+    add: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class PatchedResidual(Patched):
+    """A layer ``(stream [B, S, H], …) -> stream``, called as the family's."""
+
+    _moepatch: ResidualState
+
+    def forward(self, *args, **kwargs):
+        """See the class."""
+        spec = self._moepatch.spec
+        given = {**dict(spec.defaults), **dict(zip(spec.parameters, args, strict=False)), **kwargs}
+        stream = given.get(spec.parameters[0])
+        rest = {key: value for key, value in given.items() if key not in spec.parameters}
+        if _unusual(self, stream) or rest and not spec.takes_rest or len(args) > len(spec.parameters):
+            return super().forward(*args, **kwargs)
+        ops: StreamOps = compute("residual", self._moepatch.backend)
+        out = None
+        for branch in spec.branches:
+            norm = self._modules[branch.norm]
+            stream, normed = ops.fork(norm, stream) if out is None else ops.add(norm, out, stream)
+            out = self._modules[branch.child](*_args(branch, given, normed), **_kwargs(branch, given, normed, rest))
+            out = out[0] if isinstance(out, tuple) else out
+            if out.shape != stream.shape:  # some blocks return tokens [T, H]
+                out = out.view(stream.shape)
+        return stream + out
+
+
+def _unusual(layer: nn.Module, stream: Any) -> bool:
+    """Whether the family's own code is needed, which may cast the stream to the norm's dtype on the way."""
+    if not isinstance(stream, Tensor):
+        return True
+    norm = layer._modules[layer._moepatch.spec.branches[0].norm]
+    return any(weight is not None and weight.dtype != stream.dtype for weight in norm._parameters.values())
+
+
+def _args(branch: Branch, given: Mapping, normed: Tensor) -> list:
+    return [_value(source, given, normed) for source in branch.args]
+
+
+def _kwargs(branch: Branch, given: Mapping, normed: Tensor, rest: Mapping) -> dict:
+    made = {key: _value(source, given, normed) for key, source in branch.kwargs}
+    return {**made, **rest} if branch.rest else made
+
+
+def _value(source: Source, given: Mapping, normed: Tensor) -> Any:
+    if source.kind == "normed":
+        return normed
+    return given[source.value] if source.kind == "argument" else source.value
+
+
+# --- backends ------------------------------------------------------------------------------------------------------------------------
+
+
+def reference_ops() -> StreamOps:
+    """Sums and norms apart, each norm by whatever computes it."""
+    return StreamOps(_fork, _add)
+
+
+def triton_ops() -> StreamOps:
+    """Sums and norms in one kernel where the norm may be taken out of its module."""
+    from ..kernels.norm import add_norm, fork_norm
+
+    def fork(norm, stream):
+        return fork_norm(stream, own_weight(norm), norm._moepatch.spec) if _is_bare(norm) else _fork(norm, stream)
+
+    def add(norm, branch, stream):
+        return add_norm(branch, stream, own_weight(norm), norm._moepatch.spec) if _is_bare(norm) else _add(norm, branch, stream)
+
+    return StreamOps(fork, add)
+
+
+def _fork(norm: nn.Module, stream: Tensor) -> tuple[Tensor, Tensor]:
+    return stream, norm(stream)
+
+
+def _add(norm: nn.Module, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+    total = stream + branch
+    return total, norm(total)
+
+
+def _is_bare(norm: nn.Module) -> bool:
+    """Whether calling the norm would do nothing but run the own kernel."""
+    return (
+        isinstance(norm, PatchedNorm)
+        and norm._moepatch.backend == "triton"
+        and "forward" not in norm.__dict__
+        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+        and not torch_module._has_any_global_hook()
+    )
+
+
+def _inject(spec, backend, implementation):
+    return {"": (PatchedResidual, ResidualState(spec, backend))}
+
+
+RESIDUAL = Kind(name="residual", pattern="residual", backends="residual", injections=_inject, dense=True)

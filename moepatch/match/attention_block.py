@@ -1,0 +1,209 @@
+"""Recognises attention modules: linear layers to queries, keys and values, an attention function by name, a linear layer out of it.
+
+The form of the children gives the sizes. What the module does with them is found by calling a scale model of it in the family's own code
+with an attention function that writes down what it is given: where each keyword comes from is read off, how heads are normalised and
+rotated is tried. A reading is taken if its patched twin gives the attention function the same arguments and returns the same numbers and
+gradients.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import trial
+from ..layers.attention_block import PARAMETERS, Argument, AttentionBlockSpec, attention_functions
+from ..layers.rope import ROPES, HeadNorm, HeadsSpec
+from ..registry import register_matcher
+from ..scan import Found, Scan
+from ..site import Refusal, Site
+from ..surgery import original_class
+from .attention_calls import Subject
+from .experts import make_site
+from .norm import match_norm
+from .probe import fingerprint
+
+_INPUTS = ("q_proj", "k_proj", "v_proj")
+_OUTPUTS = ("o_proj", "out_proj")
+_SMALL_HEAD = 16
+_SMALL_HIDDEN = 40
+
+
+@register_matcher("attention_block", priority=40, around=True)
+def match_attention_block(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None:
+    """See the module's docstring."""
+    module = found.module
+    form = _form(module)
+    if form is None:
+        return None
+    key = ("attention_block", id(module.config), _without_index(module))
+    if key not in memo:
+        memo[key] = _read(form, module, scan, memo)
+    spec = memo[key]
+    if spec is None:
+        return None
+    site = make_site(found, "attention_block", spec, spec.parameter_names())
+    return site if isinstance(site, Site) else None
+
+
+def _without_index(module: nn.Module) -> tuple:
+    """The fingerprint, the same for all layers where the index of the layer only tells the cache which one it is."""
+    looks = [i for i in dis.get_instructions(trial.eager_forward(module)) if i.argval == "layer_idx"]
+    cls, plain, *rest = fingerprint(module)
+    return cls, tuple(item for item in plain if len(looks) > 1 or item[0] != "layer_idx"), *rest
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What the children say: a spec without norm, rope and arguments, and the norms' names by projection."""
+
+    spec: AttentionBlockSpec
+    norms: tuple[str, ...]
+
+
+def _form(module: nn.Module) -> _Form | None:
+    """The sizes and parts of a module that has the form, or None."""
+    children, attributes = module._modules, vars(module)
+    output = next((name for name in _OUTPUTS if name in children), None)
+    if output is None or any(name not in children for name in _INPUTS) or module._buffers:
+        return None
+    if "config" not in attributes or "head_dim" not in attributes or attention_functions(original_class(module)) is None:
+        return None
+    layers = [children[name] for name in (*_INPUTS, output)]
+    parameters = list(inspect.signature(trial.eager_forward(module)).parameters.values())[1:]
+    keywords = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    names = tuple(p.name for p in parameters if p not in keywords)
+    if any(type(layer) is not nn.Linear for layer in layers) or not set(names) <= set(PARAMETERS) or len(keywords) != 1:
+        return None
+    biased = {layer.bias is not None for layer in layers[:3]}
+    heads = _heads(*layers, attributes["head_dim"])
+    others = [name for name in children if name not in (*_INPUTS, output)]
+    norms = tuple(name for first in "qk" for name in others if name.startswith(first) and "norm" in name)
+    gates = [name for name in others if name not in norms]
+    if heads is None or len(biased) > 1 or len(norms) not in (0, 2) or len(gates) > 1 or names[:1] != ("hidden_states",):
+        return None
+    gate = gates[0] if gates else None
+    if gate is not None and (type(children[gate]) is not nn.Linear or children[gate].out_features not in (heads.heads, heads.heads * heads.value_dim)):
+        return None
+    spec = AttentionBlockSpec(
+        hidden=layers[0].in_features, heads=heads, bias=biased.pop(), inputs=_INPUTS, output=output, norms=norms, gate=gate, parameters=names,
+        norm_class=original_class(children[norms[0]]) if norms else None,
+    )  # fmt: skip
+    return _Form(spec, norms)
+
+
+def _heads(q: nn.Linear, k: nn.Linear, v: nn.Linear, o: nn.Linear, head_dim: Any) -> HeadsSpec | None:
+    """The numbers of heads that explain the shapes of the projections."""
+    if type(head_dim) is not int or head_dim < 1 or k.out_features % head_dim or len({q.in_features, k.in_features, v.in_features}) > 1:
+        return None
+    kv_heads = k.out_features // head_dim
+    if v.out_features % kv_heads or o.in_features % (v.out_features // kv_heads):
+        return None
+    value_dim = v.out_features // kv_heads
+    heads = o.in_features // value_dim
+    gated = q.out_features == 2 * heads * head_dim
+    if heads % kv_heads or (q.out_features != heads * head_dim and not gated):
+        return None
+    return HeadsSpec(heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, norm=None, rope="none", gated=gated)
+
+
+def _read(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> AttentionBlockSpec | None:
+    """The spec that computes what the module does, or None."""
+    norms = _norms(form, module, scan, memo)
+    if norms is None:
+        return None
+    for sizes in dict.fromkeys((tuple(_sizes(form.spec).items()), ())):
+        for narrow in (2, 1):
+            original = Subject.made(module, dict(sizes), form.spec, narrow)
+            if original is None:
+                continue
+            arguments = _arguments(original)
+            if arguments is None:
+                continue
+            for spec in _readings(form.spec, norms, narrow):
+                spec = replace(spec, arguments=arguments)
+                if original.equals(spec.resized(dict(sizes))):
+                    return spec
+    return None
+
+
+def _norms(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> tuple[HeadNorm | None, ...] | None:
+    """The ways the norms may be used, ``(None,)`` without norms; None if they are of no kind that is known."""
+    if not form.norms:
+        return (None,)
+    spec, children = form.spec.heads, [module._modules[name] for name in form.norms]
+    sites = [match_norm(scan.of(child), scan, memo) for child in children]
+    if any(not isinstance(site, Site) for site in sites) or len({original_class(child) for child in children}) > 1:
+        return None
+    q, k = (site.spec for site in sites)
+    if q != replace(k, width=q.width) or q.weight != "weight" or q.gate is not None or q.group or q.cast not in ("before", "after"):
+        return None
+    places = {(spec.head_dim, spec.head_dim): ("head", "after"), (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim): ("full",)}
+    return tuple(HeadNorm(place, q.eps, float(q.offset), q.cast == "before") for place in places.get((q.width, k.width), ())) or None
+
+
+def _sizes(spec: AttentionBlockSpec) -> dict[int, int]:
+    """From the sizes of the module to those of its scale model, which has as many heads. Empty if that is not to be had."""
+    h = spec.heads
+    if h.head_dim <= 2 * _SMALL_HEAD:
+        return {}
+    dims = {h.head_dim: _SMALL_HEAD, h.value_dim: _SMALL_HEAD if h.value_dim == h.head_dim else _SMALL_HEAD // 2}
+    sizes = dict(dims)
+    for count, dim in itertools.product((h.heads, h.kv_heads, 2 * h.heads), dims):
+        if sizes.setdefault(count * dim, count * dims[dim]) != count * dims[dim]:
+            return {}
+    sizes.setdefault(spec.hidden, _SMALL_HIDDEN)
+    return sizes
+
+
+def _readings(spec: AttentionBlockSpec, norms: tuple[HeadNorm | None, ...], narrow: int) -> Iterator[AttentionBlockSpec]:
+    """Every way to normalise and rotate with tables of D / `narrow` columns."""
+    ways = [(name, False) if rope.width == narrow else (name, True) for name, rope in ROPES.items() if rope.width <= narrow]
+    for (rope, partial), norm in itertools.product(ways if "position_embeddings" in spec.parameters else [], norms):
+        yield replace(spec, heads=replace(spec.heads, rope=rope, norm=norm), partial=partial)
+    if narrow == 1:
+        for norm in norms:
+            yield replace(spec, heads=replace(spec.heads, rope="none", norm=norm))
+
+
+def _arguments(subject: Subject) -> tuple[Argument, ...] | None:
+    """Where each keyword of the attention function comes from; None if one comes from nowhere that is known."""
+    training, evaluation = subject.given[0], subject.given[-1]
+    arguments = []
+    for name, value in training.items():
+        if name in ("query", "key", "value", "attention_mask") or name in subject.call.kwargs:
+            continue
+        if name not in evaluation:
+            return None
+        found = _source(subject.module, name, value, evaluation[name])
+        if found is None:
+            return None
+        arguments.append(found)
+    used = {argument.value for argument in arguments if argument.source == "attribute"}
+    return tuple(arguments) if set(subject.module._parameters) <= used else None
+
+
+def _source(module: nn.Module, name: str, value: Any, in_evaluation: Any) -> Argument | None:
+    places = {"attribute": vars(module), "config": vars(module.config)}
+    if isinstance(value, Tensor):
+        return next((Argument(name, "attribute", key) for key, p in module._parameters.items() if p is value), None)
+    if type(value) not in (int, float, bool, str, type(None)):
+        return None
+    if value != in_evaluation:
+        places = {f"training {place}": values for place, values in places.items()}
+        return next((Argument(name, place, key) for place, values in places.items() for key, v in values.items() if v == value and "dropout" in key), None)
+    for place, values in places.items():
+        if name in values and values[name] == value:
+            return Argument(name, place, name)
+    if type(value) in (int, float) and value not in (0, 1):
+        for place, values in places.items():
+            for key, other in values.items():
+                if type(other) is type(value) and other == value:
+                    return Argument(name, place, key)
+    return Argument(name, "constant", value)

@@ -1,0 +1,223 @@
+"""Recognises models whose attention goes through transformers' interface, so that a name in the configuration decides what computes it.
+
+The modules that share one configuration are one site, at the model that holds them: it builds the masks. Their code says how they call the
+interface. A module that looks at the name itself, computes with its mask, or hands on arguments that are not known is left as it is, and
+with it all modules that share its configuration.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from ..layers.attention import NAMES
+from ..layers.attention.spec import AttentionSpec, AttentionUse
+from ..registry import register_matcher
+from ..scan import Found, Scan
+from ..site import Site
+from ..surgery import original_class
+
+#: Keywords of a call of the interface that moepatch's functions act on, or may ignore as `eager` does.
+_KNOWN = frozenset(
+    "module query key value attention_mask dropout scaling is_causal softcap s_aux position_bias sliding_window output_attentions position_ids "
+    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k use_cache past_key_values deterministic".split()
+)
+_OTHERS = frozenset({"sdpa", "flex_attention"})
+
+
+@register_matcher("attention_function", priority=30, around=True)
+def match_attention_function(found: Found, scan: Scan, memo: dict) -> Site | None:
+    """See the module's docstring."""
+    if "attention_function" not in memo:
+        memo["attention_function"] = {id(group.owner): group for group in _groups(scan)}
+    group = memo["attention_function"].get(id(found.module))
+    if group is None or group.why_not is not None:
+        return None
+    parameter = next(group.members[0].parameters(), None)
+    return Site(
+        kind="attention_function",
+        fqns=found.fqns,
+        class_name=type(found.module).__name__,
+        spec=AttentionUse(tuple(Counter(_spec(module) for module in group.members).items())),
+        now=group.owner.config._attn_implementation or "eager",
+        dtype=str(torch.get_default_dtype() if parameter is None else parameter.dtype).removeprefix("torch."),
+        device="cpu" if parameter is None else str(parameter.device),
+    )
+
+
+def left_alone(model: nn.Module) -> dict[str, str]:
+    """The submodels whose attention goes through the interface and is left as it is, with the reason in words."""
+    scan = Scan(model)
+    return {scan.of(g.owner).fqn: g.why_not for g in _groups(scan) if g.why_not is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """The attention modules of one configuration.
+
+    Attributes:
+        owner: the innermost model with this configuration that holds them all.
+        members: the modules.
+        why_not: why they are left as they are, or None.
+    """
+
+    owner: PreTrainedModel
+    members: tuple[nn.Module, ...]
+    why_not: str | None
+
+
+def _groups(scan: Scan) -> Iterator[_Group]:
+    by_config: dict[int, list[Found]] = {}
+    for found in scan:
+        if "config" in vars(found.module) and _interface_calls(original_class(found.module)):
+            by_config.setdefault(id(found.module.config), []).append(found)
+    for members in by_config.values():
+        above = set.intersection(*(scan.above(found) for found in members))
+        config = members[0].module.config
+        owners = [f.module for f in scan if id(f.module) in above and isinstance(f.module, PreTrainedModel) and f.module.config is config]
+        if owners:
+            yield _Group(owners[-1], tuple(found.module for found in members), _why_not(owners[-1], members))
+
+
+def _why_not(owner: PreTrainedModel, members: list[Found]) -> str | None:
+    """Why the function of these modules is not exchanged."""
+    for found in members:
+        reason = _odd(original_class(found.module))
+        if reason is not None:
+            return f"{found.fqn} {reason}"
+        if _spec(found.module) is None:
+            return f"{found.fqn} does not say how many heads it has, and how wide they are"
+    forms = [_spec(found.module) for found in members]
+    if not owner._supports_sdpa and not any(form.sinks or form.softcap is not None for form in forms):
+        return "its family has no fused attention, and the reason is neither sinks nor a softcap"
+    now = owner.config._attn_implementation
+    if now in NAMES.values():
+        return f"its attention runs on {now!r} already"
+    # Without a choice of the user's, transformers takes sdpa where the family has it and eager elsewhere.
+    usual = (None, "sdpa") if owner._supports_sdpa else (None, "eager")
+    return None if now in usual else f"attn_implementation={now!r} was chosen by the user"
+
+
+def _odd(cls: type[nn.Module]) -> str | None:
+    """What in the code of an attention module is not known, or None."""
+    if _OTHERS & _strings(cls):
+        return "does something else for each attn_implementation"
+    for call in _interface_calls(cls):
+        unknown = sorted(set(call.keywords) - _KNOWN)
+        if unknown:
+            return f"hands {', '.join(unknown)} to the attention function"
+        if call.computes_with_mask:
+            return "computes with its attention mask"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of the interface in a module's forward.
+
+    Attributes:
+        keywords: from the keywords of the call to the expressions behind them.
+        computes_with_mask: the forward does something with its mask besides handing it on.
+        names: what the expressions may name, besides ``self``.
+    """
+
+    keywords: dict[str, ast.expr]
+    computes_with_mask: bool
+    names: dict[str, Any]
+
+
+_CALLS: dict[type, tuple[_Call, ...]] = {}
+
+
+def _interface_calls(cls: type[nn.Module]) -> tuple[_Call, ...]:
+    """The calls of transformers' attention interface in a class's forward; none if it has no source."""
+    if cls not in _CALLS:
+        _CALLS[cls] = tuple(_read(inspect.unwrap(cls.forward)))
+    return _CALLS[cls]
+
+
+def _read(forward: FunctionType) -> Iterator[_Call]:
+    interfaces = {name for name in forward.__code__.co_names if isinstance(forward.__globals__.get(name), AttentionInterface)}
+    if not interfaces:
+        return
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, SyntaxError):
+        return
+    nodes = list(ast.walk(tree))
+    assigned = {
+        target.id
+        for node in nodes
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None and interfaces & _loads(node.value)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in assigned]
+    handed_on = sum(isinstance(a, ast.Name) and a.id == "attention_mask" for c in calls for a in (*c.args, *(k.value for k in c.keywords)))
+    loaded = sum(isinstance(node, ast.Name) and node.id == "attention_mask" and isinstance(node.ctx, ast.Load) for node in nodes)
+    for call in calls:
+        keywords = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
+        yield _Call(keywords, loaded != handed_on, forward.__globals__)
+
+
+def _loads(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
+def _strings(cls: type[nn.Module]) -> set[str]:
+    """Every string in the code of a class's own methods."""
+    bases = [base for base in cls.__mro__ if base is not nn.Module and issubclass(base, nn.Module)]
+    pending: list[Any] = [inspect.unwrap(f).__code__ for base in bases for f in vars(base).values() if isinstance(f, FunctionType)]
+    found: set[str] = set()
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            found.add(item)
+        elif isinstance(item, CodeType):
+            pending += item.co_consts
+        elif isinstance(item, (tuple, frozenset)):
+            pending += item
+    return found
+
+
+def _spec(module: nn.Module) -> AttentionSpec | None:
+    """The form of one attention: sizes by the names that transformers gives them, the rest by what the call hands over."""
+    plain, config = vars(module), vars(module.config)
+    call = _interface_calls(original_class(module))[0]
+    heads = plain.get("num_heads") or plain.get("num_attention_heads") or config.get("num_attention_heads")
+    head_dim = plain.get("qk_head_dim") or plain.get("head_dim") or config.get("head_dim")
+    if not heads or not head_dim:
+        return None
+    window = _handed(call, "sliding_window", module)
+    softcap = _handed(call, "softcap", module)
+    return AttentionSpec(
+        heads=heads,
+        kv_heads=heads // plain.get("num_key_value_groups", 1),
+        head_dim=head_dim,
+        v_head_dim=plain.get("v_head_dim") or head_dim,
+        causal=bool(plain.get("is_causal", True)),
+        window=window if type(window) is int else None,
+        sinks=_handed(call, "s_aux", module) is not None,
+        softcap=float(softcap) if isinstance(softcap, (int, float)) else None,
+    )
+
+
+def _handed(call: _Call, keyword: str, module: nn.Module) -> Any:
+    """The value of a keyword that depends on the module alone; None for any other."""
+    node = call.keywords.get(keyword)
+    if node is None or not _loads(node) <= {"self", "getattr"}:
+        return None
+    try:
+        return eval(compile(ast.Expression(node), "<attention>", "eval"), call.names, {"self": module})  # the family's own expression
+    except Exception:  # whatever it needs, it is not on the module yet
+        return None

@@ -1,0 +1,146 @@
+"""Choosing between backends by timing them: forward and backward of one module of each pattern, at a size that users run.
+
+Only on a GPU, only where at least two backends can serve, once per shape and machine: results are kept in a file, so that the next process
+starts at once. The time is that of calls one after another until the device has finished, so a backend that keeps the host busy for longer
+than the device does not look faster than it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import transformers
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from . import trial
+from .kinds import KINDS
+from .plan import Pattern, Plan
+from .replica import replica, slice_fill
+
+TOKENS = 4096
+_WARM_UP, _ROUNDS, _CALLS = 3, 3, 4
+
+
+def fastest(model: nn.Module, plan: Plan, stream: TextIO | None = None) -> Plan:
+    """The plan with the backend of every pattern that leaves a choice replaced by the fastest one.
+
+    Args:
+        model: the model, not patched.
+        plan: made for it.
+        stream: where the progress line goes; standard error if None.
+
+    Returns:
+        The plan; `Pattern.why` of a measured one has the milliseconds of every backend that was tried.
+    """
+    stream = stream or sys.stderr
+    cache = _read_cache()
+    todo = [p for p in plan.patterns if _candidates(p)]
+    fresh = [p for p in todo if _key(p) not in cache]
+    for at, pattern in enumerate(fresh, 1):
+        if stream.isatty():
+            stream.write(f"\r\033[Kmoepatch: timing backends, {at} of {len(fresh)}: {pattern.name} ({', '.join(_candidates(pattern))})")
+            stream.flush()
+        cache[_key(pattern)] = {name: _time(model, pattern, name) for name in _candidates(pattern)}
+    if fresh:
+        if stream.isatty():
+            stream.write("\r\033[K")
+        _write_cache(cache)
+    chosen = {id(p): _decided(p, cache[_key(p)]) for p in todo}
+    return replace(plan, patterns=tuple(chosen.get(id(p), p) for p in plan.patterns))
+
+
+def cache_directory() -> Path:
+    """``$MOEPATCH_CACHE``, else ``moepatch`` in the user's cache directory."""
+    base = os.environ.get("MOEPATCH_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moepatch")
+
+
+def _candidates(pattern: Pattern) -> list[str]:
+    """The backends to choose from; none where there is no choice or it was made already."""
+    kind = KINDS[pattern.site.kind]
+    if kind.bench is None or pattern.backend is None or pattern.why == "chosen by the caller" or not pattern.site.device.startswith("cuda"):
+        return []
+    names = [c.backend for c in pattern.choices if c.why_not is None and c.backend != "reference"]
+    return names if len(names) > 1 else []
+
+
+def _decided(pattern: Pattern, times: dict[str, float | str]) -> Pattern:
+    timed = {name: ms for name, ms in times.items() if isinstance(ms, float)}
+    if not timed:
+        return pattern
+    best = min(timed, key=timed.get)
+    listed = ", ".join(f"{name} {ms:.2f} ms" if isinstance(ms, float) else f"{name} {ms}" for name, ms in times.items())
+    return replace(pattern, backend=best, why=f"measured: {listed}")
+
+
+def _time(model: nn.Module, pattern: Pattern, backend: str) -> float | str:
+    """Milliseconds of one forward and backward, or why there are none."""
+    site, kind = pattern.site, KINDS[pattern.site.kind]
+    device, dtype = torch.device(site.device), getattr(torch, site.dtype)
+    try:
+        module = kind.subject(model.get_submodule(site.fqn), site.spec, backend, lambda original: replica(original, {}, slice_fill(dtype)))
+        call = kind.bench(site.spec, dtype, device, torch.Generator().manual_seed(0), TOKENS).mapped(lambda t: t.requires_grad_())
+        return round(median_ms(lambda: _step(module, call, kind.call), device), 4)
+    except torch.cuda.OutOfMemoryError:
+        return "does not fit beside the model"
+    except getattr(torch, "AcceleratorError", ()):
+        raise  # the device itself has failed: nothing after this can be trusted
+    except Exception as error:  # a library may fail in any way on a shape or a machine that it was not made for
+        return f"failed ({type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''})"
+
+
+def _step(module: nn.Module, call: trial.Call, forward: Callable[..., object] | None) -> None:
+    outputs = module.forward(*call.args, **call.kwargs) if forward is None else forward(module, *call.args, **call.kwargs)
+    outputs = [o for o in tree_flatten(outputs)[0] if isinstance(o, torch.Tensor) and o.requires_grad]
+    leaves = [*call.leaves(), *(p for p in module.parameters() if p.requires_grad)]
+    torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
+
+
+def median_ms(run: Callable[[], None], device: torch.device) -> float:
+    """The median over rounds of the mean time of calls that follow each other."""
+    for _ in range(_WARM_UP):
+        run()
+    rounds = []
+    for _ in range(_ROUNDS):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(_CALLS):
+            run()
+        torch.cuda.synchronize(device)
+        rounds.append((time.perf_counter() - start) * 1000 / _CALLS)
+    return sorted(rounds)[len(rounds) // 2]
+
+
+def _key(pattern: Pattern) -> str:
+    site = pattern.site
+    device = torch.cuda.get_device_name(torch.device(site.device))
+    facts = (site.kind, site.spec.describe(), site.spec.to_dict(), site.dtype, device, torch.__version__, transformers.__version__, _candidates(pattern))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _read_cache() -> dict[str, dict[str, float | str]]:
+    try:
+        return json.loads((cache_directory() / "choices.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_cache(cache: dict) -> None:
+    """In one step, so that processes that start together do not read half a file. A directory that cannot be written only costs time."""
+    try:
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        part = cache_directory() / f"choices.json.{os.getpid()}"
+        part.write_text(json.dumps(cache, indent=1))
+        part.replace(cache_directory() / "choices.json")
+    except OSError:
+        return

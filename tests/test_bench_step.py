@@ -1,0 +1,248 @@
+"""bench/step.py runs end to end on a CPU, writes what it measured, and gives every stack the same work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch.autograd import DeviceType
+
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+
+import models
+import stacks
+import step
+import step_profile
+from step_weights import materialise, meta_model
+
+KEYS = {
+    "stack", "status", "model", "layers", "batch", "seq", "routing", "dtype", "seed", "warmup", "repeats", "checkpointing", "tiny", "ranks", "ep",
+    "options", "device", "versions", "date", "command", "params", "active_params", "gflops_per_token",
+}  # fmt: skip
+MEASURED = {"forward_ms", "backward_ms", "step_ms", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "peak_gib", "activations_gib", "held_gib", "loss", "uses"}
+
+
+def test_end_to_end(tmp_path, capsys):
+    out, png = tmp_path / "rows.jsonl", tmp_path / "plot.png"
+    words = ["--tiny", "--stacks", "transformers", "moepatch", "deepspeed", "--repeats", "2", "--warmup", "1", "--profile", "--optimizer"]
+    step.main([*words, "--out", str(out), "--plot", str(png)])
+    printed = capsys.readouterr().out
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["stack"] for row in rows] == ["transformers", "moepatch", "deepspeed"]
+    assert all(KEYS <= set(row) for row in rows)
+    assert rows[2]["status"] == "skipped" and "not installed" in rows[2]["why"]
+    for row in rows[:2]:
+        assert row["status"] == "ok" and MEASURED <= set(row), row
+        assert row["step_ms"] > 0 and row["tokens_per_s_per_gpu"] > 0 and row["optimizer_ms"] > 0
+        assert (row["peak_gib"] is None) == (not torch.cuda.is_available())
+        assert sum(row["waterfall_ms"].values()) > 0 and set(row["waterfall_ms"]) <= set(step_profile.CATEGORIES)
+        assert {"attention", "expert GEMM", "dense GEMM"} <= set(row["waterfall_ms"])
+        assert row["command"].startswith("python bench/step.py --tiny --stacks")
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=2e-3)
+    assert "moepatch" in printed and "category" in printed and "deepspeed: skipped" in printed
+    if pytest.importorskip("matplotlib", reason="the numbers were checked; plots need matplotlib"):
+        assert png.stat().st_size > 5000 and png.with_name("plot-waterfall.png").stat().st_size > 5000
+
+
+def test_a_stack_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(BENCH.parent), os.environ.get("PYTHONPATH", "")]))
+    out = tmp_path / "rows.jsonl"
+    words = ["--tiny", "--isolate", "--stacks", "moepatch-experts", "--repeats", "1", "--warmup", "0", "--routing", "hot", "--checkpointing", "--out", str(out)]
+    (row,) = step.main(words)
+    assert json.loads(out.read_text()) == row
+    assert (row["stack"], row["status"], row["routing"], row["checkpointing"]) == ("moepatch-experts", "ok", "hot", True)
+
+
+def test_options_reach_optimize(capsys):
+    (row,) = step.main(["--tiny", "--stacks", "moepatch", "--repeats", "1", "--warmup", "0", "--options", "experts=reference", "dense=false"])
+    assert row["status"] == "ok" and row["options"] == ["experts=reference", "dense=false"]
+    assert len([use for use in row["uses"] if "×" in use]) == 1 and row["uses"][0].endswith("): reference")
+
+
+def test_a_process_that_dies_is_reported(monkeypatch):
+    monkeypatch.setattr(step.sys, "executable", "/bin/false")
+    (row,) = step.main(["--tiny", "--isolate", "--stacks", "transformers"])
+    assert row["status"] == "failed" and "ended with 1" in row["why"]
+
+
+@pytest.mark.parametrize("model", sorted(models.CONFIGS))
+def test_every_model_as_published_and_as_a_tiny_one(model, capsys):
+    whole = meta_model(models.make_config(model), torch.bfloat16)
+    assert sum(p.numel() for p in whole.parameters()) == models.PARAMETERS[model]
+    rows = step.main(["--tiny", "--model", model, "--stacks", "transformers", "moepatch", "--repeats", "1", "--warmup", "0", "--dtype", "float32"])
+    assert [row["status"] for row in rows] == ["ok", "ok"], rows
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-3 if torch.cuda.is_available() else 1e-5)
+    assert model in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_profiler_is_read(capsys):
+    words = ["--layers", "2", "--seq", "1024", "--stacks", "transformers", "moepatch", "--repeats", "3", "--warmup", "2", "--profile", "--optimizer"]
+    rows = step.main(words)
+    for row in rows:
+        assert row["status"] == "ok" and "profile_error" not in row, row
+        assert 0 < row["gpu_busy"] <= 1 and row["launches_per_layer"] > 10 and row["syncs_per_layer"] >= 0 and row["mfu"] > 0
+        assert row["peak_with_optimizer_gib"] > row["peak_gib"] > row["activations_gib"] > 0
+        assert {"attention", "expert GEMM", "dense GEMM", "norms, rope"} <= set(row["waterfall_ms"])
+        assert sum(row["waterfall_ms"].values()) < 1.5 * row["step_ms"]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=2e-2)
+    print(capsys.readouterr().out)
+
+
+def test_slices_keep_what_they_are_about():
+    nano = models.make_config("Nemotron-3-Nano-30B-A3B", 13)
+    kinds = list(nano.layers_block_type)
+    assert len(kinds) == nano.num_hidden_layers == 13 and {"moe", "full_attention", "linear_attention"} <= set(kinds)
+    assert models.make_config("DeepSeek-V3", 2).first_k_dense_replace == 0
+    assert models.make_config("DeepSeek-V3").first_k_dense_replace == 3
+    assert models.make_config("gpt-oss-20b", 12).layer_types == ["sliding_attention", "full_attention"] * 6
+
+
+def test_flops_of_a_token():
+    config = models.make_config("Qwen3-30B-A3B")
+    flops = models.flops_per_token(meta_model(config, torch.bfloat16), config, 3_353_032_704, 4096)
+    assert flops == pytest.approx(23.08e9, rel=1e-3)
+    assert models._seen("sliding_attention", 4096, 128) == pytest.approx(126)
+
+
+def test_a_stack_that_fails_is_reported_and_leaves_nothing_behind(monkeypatch, tmp_path):
+    modeling = sys.modules["transformers.models.qwen3_moe.modeling_qwen3_moe"]
+    rotate = modeling.rotate_half
+
+    def broken(model, setting):
+        modeling.rotate_half = None
+        raise RuntimeError("broken\non purpose")
+
+    monkeypatch.setitem(stacks.STACKS, "transformers-liger", stacks.Stack("transformers-liger", broken))
+    out = tmp_path / "rows.jsonl"
+    rows = step.main(["--tiny", "--stacks", "transformers-liger", "transformers", "--repeats", "1", "--warmup", "0", "--out", str(out)])
+    assert [row["status"] for row in rows] == ["failed", "ok"] and rows[0]["why"] == "RuntimeError: broken on purpose"
+    assert modeling.rotate_half is rotate
+    assert len(out.read_text().splitlines()) == 2
+
+
+def test_shards_are_filled_with_parts_of_the_same_weights():
+    for own in on_ranks(2, _filled):
+        assert own
+
+
+def _filled() -> bool:
+    sys.path.insert(0, str(BENCH))
+    import models
+    import stacks
+    from step_weights import materialise, meta_model
+    from torch.distributed.tensor import DTensor
+
+    setting = stacks.Setting(2, 2, torch.device("cpu"))
+    whole = meta_model(models.make_config("Qwen3-30B-A3B", tiny=True), torch.float32)
+    materialise(whole, setting.device, 7)
+    expected = dict(whole.named_parameters())
+    assert all(p.abs().sum() > 0 for p in expected.values())
+    for name in ("transformers", "moepatch"):
+        model = stacks.STACKS[name].prepare(meta_model(models.make_config("Qwen3-30B-A3B", tiny=True), torch.float32), setting)
+        materialise(model, setting.device, 7)
+        for key, parameter in model.named_parameters():
+            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            assert torch.equal(value, expected[key]), (name, key)
+        for key, buffer in model.named_buffers():
+            assert torch.equal(buffer, whole.get_buffer(key)), (name, key)
+    return True
+
+
+def test_weights_depend_on_the_seed_and_the_name():
+    one, same, other = _whole(0), _whole(0), _whole(1)
+    assert torch.equal(one.lm_head.weight, same.lm_head.weight) and not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    experts = one.model.layers[0].mlp.experts.down_proj
+    assert experts.std().item() == pytest.approx(0.02, rel=0.05) and not torch.equal(experts[0], experts[1])
+    assert torch.equal(one.model.norm.weight, torch.ones(64))
+
+
+def _whole(seed):
+    model = meta_model(models.make_config("Qwen3-30B-A3B", tiny=True), torch.float32)
+    materialise(model, torch.device("cpu"), seed)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "scopes", "category"),
+    [
+        ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel<GemmUniversal<cutlass::gemm::GroupProblemShape<", "", "expert GEMM"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTN", "aten::mm aten::linear attention", "dense GEMM"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_6_64x128x128", "", "attention"),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "", "FSDP gathers"),
+        ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "", "dispatch"),
+        ("_fetch_kernel", "_Dispatch experts", "dispatch"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::silu_kernel", "aten::silu experts", "activation"),
+        ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<8", "aten::_log_softmax aten::cross_entropy_loss", "loss"),
+        ("void at::native::elementwise_kernel<128, 4, mul>", "aten::mul norm", "norms, rope"),
+        ("_backward_kernel", "_RopeBackward attention", "norms, rope"),
+        ("void at::native::radix_sort", "aten::sort experts", "permute"),
+        ("kernel_cutlass_kernel_quackrmsnorm_backward", "_Norm", "norms, rope"),
+        ("kernel_cutlass_kernel_quackgemm_sm90GemmSm90_object_at__tensorptrbf16", "_Grouped experts", "expert GEMM"),
+        ("Memcpy DtoD (Device -> Device)", "aten::copy_", "elementwise, copies"),
+    ],
+)
+def test_kernels_are_sorted_by_name_and_scope(name, scopes, category):
+    assert step_profile.categorise(name, scopes) == category
+
+
+@dataclasses.dataclass
+class Event:
+    """What the profiler gives, as far as it is read."""
+
+    called: str
+    start: int
+    length: int
+    key: int
+    device: DeviceType = DeviceType.CPU
+    linked: int = 0
+    sequence: int = -1
+    forward_thread: int = 0
+    thread: int = 1
+
+    def __getattr__(self, name):
+        answers = {
+            "name": "called", "start_ns": "start", "duration_ns": "length", "correlation_id": "key", "device_type": "device", "linked_correlation_id": "linked",
+            "sequence_nr": "sequence", "fwd_thread_id": "forward_thread", "start_thread_id": "thread",
+        }  # fmt: skip
+        if name == "is_user_annotation":
+            return lambda: False
+        if name not in answers:
+            raise AttributeError(name)
+        return lambda: getattr(self, answers[name])
+
+
+def test_a_kernel_of_the_backward_has_the_scopes_of_its_forward():
+    gpu = {"device": DeviceType.CUDA, "thread": 0}
+    events = [
+        Event("experts", 0, 100, 1),
+        Event("aten::mul", 10, 20, 2, sequence=5),
+        Event("cudaLaunchKernel", 12, 3, 90),
+        Event("elementwise_kernel", 50, 10, 91, linked=2, **gpu),
+        Event("autograd::engine::evaluate_function: MulBackward0", 200, 50, 3, sequence=5, forward_thread=1, thread=2),
+        Event("MulBackward0", 205, 40, 4, sequence=5, forward_thread=1, thread=2),
+        Event("aten::mul", 210, 20, 5, thread=2),
+        Event("elementwise_kernel", 300, 10, 92, linked=5, **gpu),
+        Event("loose_kernel", 320, 10, 93, linked=0, **gpu),
+    ]
+    first, second, loose = step_profile._kernels(events)
+    assert first.scopes == "aten::mul experts" and loose.scopes == ""
+    assert second.scopes.startswith("aten::mul MulBackward0") and second.scopes.endswith("aten::mul experts")
+
+
+def test_overlapping_work_is_counted_once_and_hidden_communication_not_at_all():
+    work = [
+        step_profile.Work(0, 10_000_000, "ncclDevKernel_AllGather"),
+        step_profile.Work(4_000_000, 8_000_000, "nvjet_gemm"),
+        step_profile.Work(5_000_000, 6_000_000, "nvjet_gemm"),
+    ]
+    times = step_profile.category_ms(work)
+    assert times["dense GEMM"] * step_profile._STEPS == pytest.approx(4) and times["FSDP gathers"] * step_profile._STEPS == pytest.approx(6)

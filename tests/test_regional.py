@@ -1,0 +1,149 @@
+"""Regional compilation: the same numbers from compiled layers, graphs and breaks counted, and nothing left when it is undone."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import shutil
+
+import compare
+import pytest
+import torch
+import zoo
+from ranks import on_ranks
+from torch import nn
+
+import moepatch
+from moepatch.regional import CompileLayer, compile_layers, layer_graphs
+from moepatch.surgery import Journal
+
+
+class Layer(nn.Module):
+    """A layer that breaks its graph on request."""
+
+    def __init__(self, breaks=False):
+        super().__init__()
+        self.linear, self.breaks = nn.Linear(4, 4), breaks
+
+    def forward(self, x):
+        x = self.linear(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return torch.relu(x) + 1
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def compiled(model, backend="aot_eager", **options):
+    journal = Journal()
+    for step in compile_layers(model, backend, **options):
+        journal.do(step)
+    return journal
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_layers_of_a_class_share_one_graph():
+    model, x = Stack(*(Layer() for _ in range(4))), torch.randn(2, 4, requires_grad=True)
+    wanted = model(x)
+    journal = compiled(model)
+    (record,) = layer_graphs(journal.steps)
+    assert str(record) == "4 x Layer: not called yet"
+    assert compare.error(model(x).detach(), wanted.detach()) < 1e-6
+    assert record.to_dict() == {"class": "Layer", "layers": 4, "graphs": 1, "breaks": {}}
+    journal.undo()
+    assert all(layer._compiled_call_impl is None for layer in model.layers)
+
+
+def test_breaks_are_counted_with_their_reason():
+    model, x = Stack(Layer(breaks=True)), torch.randn(2, 4)
+    wanted = model(x)
+    (record,) = layer_graphs(compiled(model).steps)
+    assert compare.error(model(x).detach(), wanted.detach()) < 1e-6
+    assert record.graphs == 2 and sum(record.breaks.values()) == 1
+    assert "graph_break" in str(record) and "2 graphs, 1 breaks" in str(record)
+
+
+def test_copies_and_pickles_are_not_compiled():
+    model = Stack(Layer(), Layer())
+    journal = compiled(model)
+    model(torch.randn(2, 4, requires_grad=True))
+    twin, twin_journal = pickle.loads(pickle.dumps((model, journal)))
+    other = copy.deepcopy(model)
+    assert all(layer._compiled_call_impl is None for layer in (*twin.layers, *other.layers))
+    twin_journal.undo()
+    assert layer_graphs(journal.steps)[0].graphs == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.timeout(300)
+def test_inductor_with_its_options():
+    model, x = Stack(Layer()), torch.randn(2, 4)
+    wanted = model(x).detach()
+    compiled(model, "inductor", mode="default", dynamic=False)
+    assert compare.error(model(x).detach(), wanted) < 1e-5
+
+
+def quiet(name):
+    """Without a cache layers are alike; with one each has its number."""
+    model = zoo.build(name)
+    model.config.use_cache = False
+    return model
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_patched_families(name):
+    """Experts included: one graph for all layers; with activation checkpointing too."""
+    model = quiet(name)
+    outputs, grads = compare.step(name, model)
+    moepatch.optimize(model)
+    journal = compiled(model, "aot_eager")
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        found, found_grads = compare.step(name, model)
+        assert all(compare.error(found[key], value) < 1e-5 for key, value in outputs.items())
+        assert compare.together(found_grads, grads) < 1e-5
+    (record,) = layer_graphs(journal.steps)
+    assert record.layers == 2 and not record.breaks
+    journal.undo()
+    moepatch.restore(model)
+    assert not any(isinstance(step, CompileLayer) for step in journal.steps)
+    assert compare.error(compare.step(name, model)[0]["logits"], outputs["logits"]) == 0
+
+
+def compiled_under_fsdp(backend="eager"):
+    import test_parallel_training as training
+
+    adapt = functools.partial(setattr_on_config, use_cache=False)
+    journal = []
+    training.gradients_agree(training.EP2, adapt=adapt, prepare=lambda model: journal.append(compiled(model, backend)))
+    (record,) = layer_graphs(journal[0].steps)
+    return record.to_dict()
+
+
+def setattr_on_config(model, **values):
+    for key, value in values.items():
+        setattr(model.config, key, value)
+
+
+@pytest.mark.timeout(300)
+def test_compiled_layers_under_fsdp2():
+    """Hooks and dispatch break graphs; the numbers stay those of one process."""
+    for facts in on_ranks(2, compiled_under_fsdp, timeout=280):
+        assert facts["layers"] == 2 and facts["graphs"] > 0
