@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import time
 
 import torch
 import transformers
+from layer_timing import gradients, saved_mib, timed
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -30,12 +30,10 @@ import moepatch
 SHAPES = {
     "tiny": (Qwen3MoeExperts, Qwen3MoeConfig(hidden_size=128, moe_intermediate_size=64, num_experts=16), 4),
     "qwen3-30b-a3b": (Qwen3MoeExperts, Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_experts=128), 8),
+    "qwen3-30b-a3b, 64 local": (Qwen3MoeExperts, Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_experts=64), 8),
     "gpt-oss-20b": (GptOssExperts, GptOssConfig(hidden_size=2880, intermediate_size=2880, num_local_experts=32), 4),
     "nemotron-3-nano": (NemotronHExperts, NemotronHConfig(hidden_size=2688, moe_intermediate_size=1856, n_routed_experts=128), 6),
 }
-STACKS = ("transformers eager", "transformers grouped_mm", "moepatch torch")
-
-
 def main() -> None:
     """Parses the command line, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -71,45 +69,44 @@ def measure(name: str, tokens: int, repeats: int, device: torch.device) -> list[
     grad = torch.randn_like(x)
     flops = 3 * 2 * tokens * top_k * (experts.down_proj.numel() + (experts.up_proj if hasattr(experts, "up_proj") else experts.gate_up_proj).numel()) / count
     rows = []
-    for stack in STACKS:
-        if stack == "moepatch torch":
-            moepatch.optimize(experts)
+    for stack in stacks(experts, tokens):
+        source, backend = stack.split()
+        if source == "moepatch":
+            moepatch.optimize(experts, experts=backend, measure=False)
         else:
-            config._experts_implementation = stack.split()[1]
-        if stack == "transformers eager" and tokens > 4096:
-            continue
-        rows.append({"shape": name, "tokens": tokens, "stack": stack, **timed(experts, x, ids, weights, grad, repeats, flops, device), **machine(device)})
+            config._experts_implementation = backend
+        row = {"shape": name, "tokens": tokens, "stack": stack}
+        try:
+            row |= timings(experts, x, ids, weights, grad, repeats, flops, device)
+        except RuntimeError as error:
+            row["error"] = str(error).splitlines()[0][:120]
+        rows.append({**row, **machine(device)})
+        if source == "moepatch":
+            moepatch.restore(experts)
         config._experts_implementation = "grouped_mm"
     return rows
 
 
-def timed(experts, x, ids, weights, grad, repeats, flops, device) -> dict:
-    """Median forward and backward times and the memory that the forward keeps."""
+def stacks(experts: nn.Module, tokens: int) -> list[str]:
+    """transformers' own functions, then every backend that serves this layer here. The loop over experts only where it is bearable."""
+    (pattern,) = moepatch.plan(experts, measure=False).patterns
+    served = [f"moepatch {choice.backend}" for choice in reversed(pattern.choices) if choice.why_not is None and choice.backend != "reference"]
+    return [*(["transformers eager"] if tokens <= 4096 else []), "transformers grouped_mm", *served]
 
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
-    forward, backward, kept = [], [], 0
-    for _ in range(repeats + 3):
-        x.grad = weights.grad = None
-        experts.zero_grad(set_to_none=True)
-        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        start = clock()
-        y = experts(x, ids, weights)
-        middle = clock()
-        kept = (torch.cuda.memory_allocated() if device.type == "cuda" else 0) - before
-        y.backward(grad)
-        end = clock()
-        forward.append((middle - start) * 1e3)
-        backward.append((end - middle) * 1e3)
-    fwd, bwd = statistics.median(forward[3:]), statistics.median(backward[3:])
+def timings(experts, x, ids, weights, grad, repeats, flops, device) -> dict:
+    """From routing to combined output, forward and backward: on the wall when calls follow each other, and on the device alone."""
+    leaves = [x, weights, *experts.parameters()]
+    both = timed(lambda i: gradients([experts(x, ids, weights)], leaves, [grad]), repeats, device)
+    forward = timed(lambda i: experts(x, ids, weights), repeats, device)
+    kept = saved_mib(lambda: experts(x, ids, weights), device)
     return {
-        "forward_ms": round(fwd, 3),
-        "backward_ms": round(bwd, 3),
-        "kept_mib": round(kept / 2**20, 1),
-        "tflops": round(flops / (fwd + bwd) / 1e9, 1),
+        "forward_ms": round(forward.ms, 3),
+        "ms": round(both.ms, 3),
+        "device_ms": round(both.busy_ms, 3),
+        "kernels": both.launches,
+        "kept_mib": None if kept is None else round(kept, 1),
+        "tflops": round(flops / both.ms / 1e9, 1),
         "repeats": repeats,
         "routing": "balanced, random distinct experts",
     }
@@ -131,11 +128,11 @@ def machine(device: torch.device) -> dict:
 
 def show(rows: list[dict]) -> None:
     """The rows as a table."""
-    columns = ("shape", "tokens", "stack", "forward_ms", "backward_ms", "tflops", "kept_mib")
+    columns = ("shape", "tokens", "stack", "forward_ms", "ms", "device_ms", "kernels", "tflops", "kept_mib", "error")
     table = Table(*columns, title=f"expert layer, bf16, {rows[0]['device']}, torch {rows[0]['torch']}, transformers {rows[0]['transformers']}")
     for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    Console().print(table)
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    Console(width=170).print(table)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ from transformers import PreTrainedModel
 import moepatch
 
 
+class NotServed(Exception):
+    """This stack has nothing for this model."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a stack has to know of the run.
@@ -85,7 +89,7 @@ def _liger(model: PreTrainedModel, setting: Setting) -> nn.Module:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise NotImplementedError(f"Liger has no patch for {model.config.model_type}")
+        raise NotServed(f"Liger has no patch for {model.config.model_type}")
     _apply_liger_kernel_to_instance(model=model, rope=True, rms_norm=True, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=False)
     return _transformers(model, setting)
 

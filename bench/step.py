@@ -7,8 +7,10 @@
 
 Forward with loss and backward are timed apart on the device, medians of the slowest rank; tok/s, TFLOP/s and MFU are of both together, memory
 is of the fullest rank. Gradients are set to None between steps and no optimizer runs, unless `--optimizer` times it apart. FLOPs are counted by a formula
-(`models.flops_per_token`), the same for every stack. A stack that is not installed is skipped, one that fails is reported, and the others go on; with
-`--isolate` each has processes of its own, which also survives a stack that hangs (`--timeout`). JSON lines are written as soon as they are known.
+(`models.flops_per_token`), the same for every stack. A stack that is not installed is skipped, one that fails or takes too long (`--timeout`) is reported,
+and the others go on; with `--isolate` each has processes of its own, which also survives a stack that hangs below Python. Rows are printed and written as
+soon as they are known, and stderr says what is being done. ``seconds`` of a row are those of building, filling, patching (for moepatch with its measuring
+of backends, whose parts are ``patch_seconds``), warming up, timing and profiling; none of them is part of a step.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import faulthandler
 import gc
 import json
 import os
@@ -32,7 +33,8 @@ import step_measure
 import torch
 import torch.distributed as dist
 from models import CONFIGS, flops_per_token, make_config
-from stacks import STACKS, Setting, available, undone
+from stacks import STACKS, NotServed, Setting, available, undone
+from step_progress import Progress, limited
 from step_table import machine, show
 from step_weights import materialise, meta_model
 
@@ -68,7 +70,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stacks", nargs="*", default=list(STACKS), choices=sorted(STACKS), metavar="STACK", help=f"of {', '.join(STACKS)}")
     parser.add_argument("--ep", type=int, help="over how many ranks the experts of a layer are spread; all by default")
     parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="for moepatch.optimize in the stack moepatch, such as loss=none")
-    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--optimizer", action="store_true", help="time an AdamW step too")
     parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
@@ -77,7 +79,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="narrow layers, few of them")
     parser.add_argument("--isolate", action="store_true", help="each stack in processes of its own")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds until a stack counts as hung: its process says where it is and ends")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds that a stack may take before it is given up")
     parser.add_argument("--out", help="append one JSON line per stack to this file")
     parser.add_argument("--plot", help="write a PNG; with --profile a second one, NAME-waterfall.png")
     parser.add_argument("--quiet", action="store_true", help="no table")
@@ -90,17 +92,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _together(arguments: argparse.Namespace) -> list[dict]:
     """All stacks one after another in this process."""
     setting = _start(arguments)
-    shape = _shape(arguments)
+    with Progress(arguments.model, _rank() == 0)("counting parameters and FLOPs"):
+        shape = _shape(arguments)
     rows = []
     try:
         for name in arguments.stacks:
-            faulthandler.dump_traceback_later(arguments.timeout, exit=True, file=sys.__stderr__)
-            row = {"stack": name, **_row(name, arguments, setting, shape), **_facts(arguments, setting)}
-            faulthandler.cancel_dump_traceback_later()
+            progress = Progress(name, _rank() == 0)
+            row = {"stack": name, **_row(name, arguments, setting, shape, progress), "seconds": progress.seconds, **_facts(arguments, setting)}
             rows.append(row)
             if _rank() == 0:
                 _write(arguments.out, row)
-                print(f"{name}: {_in_words(row)}", file=sys.stderr, flush=True)
+            progress.say(_in_words(row))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -159,13 +161,17 @@ def _shape(arguments: argparse.Namespace) -> dict:
     return {"layers": config.num_hidden_layers, "params": sizes.total_params, "active_params": sizes.active_params, "gflops_per_token": round(flops / 1e9, 4)}
 
 
-def _row(name: str, arguments: argparse.Namespace, setting: Setting, shape: dict) -> dict:
+def _row(name: str, arguments: argparse.Namespace, setting: Setting, shape: dict, progress: Progress) -> dict:
     """Measures one stack, whatever becomes of it, and cleans up after it."""
     why_not = available(name, setting)
     if why_not is not None:
         return {"status": "skipped", "why": why_not, **shape}
     try:
-        return {"status": "ok", **_measured(name, arguments, setting, shape), **shape}
+        # What stops on one rank alone would leave the others waiting.
+        with limited(arguments.timeout, gently=setting.world == 1):
+            return {"status": "ok", **_measured(name, arguments, setting, shape, progress), **shape}
+    except NotServed as reason:
+        return {"status": "skipped", "why": str(reason), **shape}
     except Exception as error:  # whatever a stack does wrong is its result, and the others go on
         traceback.print_exc()
         return {"status": "failed", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", **shape}
@@ -175,25 +181,41 @@ def _row(name: str, arguments: argparse.Namespace, setting: Setting, shape: dict
             torch.cuda.empty_cache()
 
 
-def _measured(name: str, arguments: argparse.Namespace, setting: Setting, shape: dict) -> dict:
-    model = meta_model(make_config(arguments.model, arguments.layers, arguments.tiny), getattr(torch, arguments.dtype))
-    alone = setting.world == 1
+def _measured(name: str, arguments: argparse.Namespace, setting: Setting, shape: dict, progress: Progress) -> dict:
+    with progress("build"):
+        model = meta_model(make_config(arguments.model, arguments.layers, arguments.tiny), getattr(torch, arguments.dtype))
     # What earlier stacks have not given back would count as this one's; --isolate avoids it.
     left_over = {"left_over_gib": step_measure.held(setting.device)}
-    if alone:
-        materialise(model, setting.device, arguments.seed)
     with undone(model):
-        model = STACKS[name].prepare(model, setting)
-        if not alone:
-            materialise(model, setting.device, arguments.seed)
+        model = _prepared(name, model, arguments, setting, progress)
         if arguments.checkpointing:
             _enable_checkpointing(model)
         generator = torch.Generator().manual_seed(arguments.seed * 1000 + _rank())
         ids = torch.randint(model.config.vocab_size, (arguments.batch, arguments.seq), generator=generator).to(setting.device)
         flops = shape["gflops_per_token"] * 1e9
         plan = step_measure.Plan(arguments.warmup, arguments.repeats, arguments.optimizer, arguments.profile, flops, shape["layers"])
-        with ROUTINGS[arguments.routing](model, arguments.seed):
-            return {**left_over, **step_measure.measure(model, ids, plan), "uses": _uses(model)}
+        with contextlib.ExitStack() as routing:
+            with progress("routing"):
+                routing.enter_context(ROUTINGS[arguments.routing](model, arguments.seed))
+            return {**left_over, **_used(model), **step_measure.measure(model, ids, plan, progress)}
+
+
+def _prepared(name: str, model, arguments: argparse.Namespace, setting: Setting, progress: Progress):
+    """The model as the stack trains it, with its weights: on one rank the stack gets them, on several only what it has left to this rank is filled."""
+
+    def fill() -> None:
+        with progress("fill"):
+            materialise(model, setting.device, arguments.seed)
+            step_measure.wait(setting.device)
+
+    if setting.world == 1:
+        fill()
+    with progress("patch"):
+        model = STACKS[name].prepare(model, setting)
+        step_measure.wait(setting.device)
+    if setting.world > 1:
+        fill()
+    return model
 
 
 def _enable_checkpointing(model) -> None:
@@ -202,14 +224,14 @@ def _enable_checkpointing(model) -> None:
     getattr(model, name)({"use_reentrant": False})
 
 
-def _uses(model) -> list[str]:
-    """What computes: moepatch's backends and notes, or transformers' own functions."""
+def _used(model) -> dict:
+    """What computes: moepatch's backends and notes, and what choosing them took, or transformers' own functions."""
     try:
         report = moepatch.report(model)
     except moepatch.MoePatchError:
-        return [f"attention: {model.config._attn_implementation}", f"experts: {model.config._experts_implementation or 'own forward'}"]
+        return {"uses": [f"attention: {model.config._attn_implementation}", f"experts: {model.config._experts_implementation or 'own forward'}"]}
     backends = [f"{len(p.sites)} × {p.name} ({p.site.spec.describe()}): {p.backend}" for p in report.plan.patterns if p.backend]
-    return [*backends, *report.notes]
+    return {"uses": [*backends, *report.notes], "patch_seconds": {part: round(seconds, 2) for part, seconds in report.seconds.items()}}
 
 
 def _facts(arguments: argparse.Namespace, setting: Setting) -> dict:
@@ -223,7 +245,10 @@ def _facts(arguments: argparse.Namespace, setting: Setting) -> dict:
 
 
 def _in_words(row: dict) -> str:
-    return f"{row['step_ms']} ms, {row['tokens_per_s_per_gpu']:,.0f} tok/s/GPU" if row["status"] == "ok" else f"{row['status']}, {row['why']}"
+    if row["status"] != "ok":
+        return f"{row['status']}, {row['why']}"
+    extra = [f"{key} {row[key]}" for key in ("gpu_busy", "launches_per_layer", "syncs_per_layer", "profile_error", "waterfall_ms") if key in row]
+    return ", ".join([f"{row['step_ms']} ms, {row['tokens_per_s_per_gpu']:,.0f} tok/s/GPU", *extra])
 
 
 def _write(path: str | None, row: dict) -> None:

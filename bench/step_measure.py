@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from step_profile import activity, waterfall
+from step_profile import profiled
+from step_progress import Progress
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -37,14 +38,30 @@ class Plan:
     layers: int
 
 
-def measure(model: nn.Module, ids: Tensor, plan: Plan) -> dict:
+def measure(model: nn.Module, ids: Tensor, plan: Plan, progress: Progress) -> dict:
     """The row of one stack.
 
     Times are medians in ms, of the slowest rank. Memory is in GiB, of the fullest rank: the peak, what a forward keeps for its backward, and what
     is held after a backward (weights, gradients).
     """
     device = ids.device
-    _steps(model, ids, plan.warmup, [])
+    with progress("warm-up"):
+        _steps(model, ids, plan.warmup, [])
+        wait(device)
+    with progress("timing"):
+        row, own_ms = _timed(model, ids, plan)
+    progress.say(f"{row['forward_ms']} + {row['backward_ms']} ms, {row['tokens_per_s_per_gpu']:,.0f} tok/s/GPU, peak {row['peak_gib']} GiB, loss {row['loss']}")
+    with progress("profile"):
+        row |= _profiled(model, ids, plan, own_ms)
+    if plan.optimizer:
+        with progress("optimizer"):
+            row |= _optimizer(model, ids, plan)
+    return row
+
+
+def _timed(model: nn.Module, ids: Tensor, plan: Plan) -> tuple[dict, float]:
+    """Times, rates, loss and memory; and what a step took on this rank."""
+    device = ids.device
     _reset_peak(device)
     marks: list[tuple] = []
     kept = _kept(model, ids)
@@ -55,26 +72,19 @@ def measure(model: nn.Module, ids: Tensor, plan: Plan) -> dict:
     row = _rates(*slowest[:2], ids.numel(), plan.flops, device)
     row |= {"loss": round(_mean_over_ranks(loss), 5)}
     row |= {key: _gib(value) for key, value in zip(("peak_gib", "activations_gib", "held_gib"), slowest[2:], strict=True)}
-    row |= _profiled(model, ids, plan)
-    if plan.optimizer:
-        row |= _optimizer(model, ids, plan)
-    return row
+    return row, forward + backward
 
 
-def _profiled(model: nn.Module, ids: Tensor, plan: Plan) -> dict:
-    """What the profiler says; what it cannot say does not cost the times their row."""
+def _profiled(model: nn.Module, ids: Tensor, plan: Plan, step_ms: float) -> dict:
+    """What the profiler says; what it cannot say, or not in time, does not cost the times their row."""
 
     def step() -> None:
         _steps(model, ids, 1, [])
 
-    found = {}
     try:
-        found |= activity(step, plan.layers, ids.device)
-        if plan.profile:
-            found["waterfall_ms"] = waterfall(model, step, ids.device)
-    except (RuntimeError, AttributeError, ValueError) as error:
-        found["profile_error"] = f"{type(error).__name__}: {error}"
-    return found
+        return profiled(model, step, plan.layers, step_ms, ids.device, plan.profile)
+    except (RuntimeError, AttributeError, ValueError, TimeoutError) as error:
+        return {"profile_error": f"{type(error).__name__}: {error}"}
 
 
 def held(device: torch.device) -> float | None:
@@ -135,7 +145,7 @@ def _optimizer(model: nn.Module, ids: Tensor, plan: Plan) -> dict:
                 marks.append((begin, _mark(device)))
             else:
                 _reset_peak(device)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, TimeoutError) as error:
         return {"optimizer_error": str(error).splitlines()[0]}
     finally:
         optimizer.state.clear()
@@ -181,9 +191,15 @@ def _gib(size: float) -> float | None:
     return round(size / 2**30, 3) if size else None
 
 
-def _reset_peak(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    wait(device)
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 

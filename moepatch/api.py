@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from .errors import MoePatchError, NothingMatched, PlanMismatch
 from .kinds import KINDS
 from .match.attention_function import left_alone
 from .match.experts import implementation
-from .measure import fastest
+from .measure import agreed, fastest
 from .parallel.agree import together
 from .parallel.apply import Dispatch, choose_dispatch, shard, why_whole
 from .parallel.memory import why_not_whole
@@ -99,6 +99,8 @@ def optimize(
     seconds: dict[str, float] = {}
     with together("optimize()", mesh), _timed(seconds, "plan"):
         chosen = _checked_plan(model, mesh, plan, optimizer, dense, numerics, measure, overrides)
+    if mesh is not None and measure:
+        chosen = agreed(chosen)
     alone = left_alone(model)
     moved = None if mesh is None else choose_dispatch(chosen, mesh, dispatch)
     journal = Journal()
@@ -128,7 +130,8 @@ def _checked_plan(
 ) -> Plan:
     """The plan to carry out, after everything that forbids it has been looked for."""
     check_model(model, mesh)
-    chosen = _made(model, dense, numerics, measure and given is None, {} if given is not None else overrides)
+    asked = () if given is None else [KINDS[p.site.kind].backends for p in given.patterns]
+    chosen = _made(model, dense, numerics, measure and given is None, {} if given is not None else overrides, asked)
     if given is not None:
         chosen = _fitting(given, chosen).with_backends(**overrides)
     if not any(pattern.backend for pattern in chosen.patterns):
@@ -151,9 +154,9 @@ def plan(model: nn.Module, mesh: DeviceMesh | None = None, *, dense: bool = True
     return made
 
 
-def _made(model: nn.Module, dense: bool, numerics: str, measure: bool, overrides: dict[str, str | None]) -> Plan:
+def _made(model: nn.Module, dense: bool, numerics: str, measure: bool, overrides: dict[str, str | None], asked: Collection[str] = ()) -> Plan:
     """A fresh plan: what matches, what the caller wants, and of what is left the fastest."""
-    made = planning.make_plan(model, numerics=numerics)
+    made = planning.make_plan(model, numerics=numerics, asked=[*asked, *overrides])
     made = (made if dense else made.without_dense()).with_backends(**overrides)
     return fastest(model, made) if measure else made
 

@@ -62,7 +62,7 @@ def inspect(
 ) -> None:
     """Say what moepatch would do to a model, without its weights.
 
-    Exit code: 0 every mixture of experts can be patched, 2 some of them, 3 none, 1 error.
+    Exit code: 0 it can be patched with every mixture of experts in it, 2 in part, 3 not at all, 1 error.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

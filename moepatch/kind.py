@@ -36,6 +36,7 @@ class Kind:
         bench: the same as `trial` at a size that users run, with the number of tokens as last argument; None: backends are not timed
             against each other.
         dense: whether it belongs to the dense half of a model, not to its mixture of experts.
+        on_request: plans have it only if a backend of its table was asked for by name.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Kind:
     stand_in: Callable[[Any, str], nn.Module] | None = None
     bench: Callable[[Any, torch.dtype, torch.device, torch.Generator, int], Call] | None = None
     dense: bool = False
+    on_request: bool = False
 
     def subject(self, module: nn.Module, spec: Any, backend: str | None, copied: Callable[[nn.Module], nn.Module]) -> nn.Module:
         """What is tried: a copy of a module, patched with a backend (None: as the family wrote it), or what stands in for it.

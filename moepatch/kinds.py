@@ -12,6 +12,7 @@ from .experts.scored_block import BlockState, PatchedScoredBlock
 from .kind import Kind
 from .layers.attention.kind import ATTENTION_FUNCTION
 from .layers.attention_block import ATTENTION_BLOCK
+from .layers.linear import LINEAR
 from .layers.loss.module import LOSS
 from .layers.mixers.delta import DELTA_MIXER
 from .layers.mixers.selective import SELECTIVE_MIXER
@@ -130,5 +131,6 @@ KINDS: dict[str, Kind] = {
         NORM,
         RESIDUAL,
         LOSS,
+        LINEAR,
     )
 }

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from . import trial
+from . import registry, trial
 from .kinds import KINDS
 from .plan import Pattern, Plan
 from .replica import replica, slice_fill
@@ -59,6 +60,15 @@ def fastest(model: nn.Module, plan: Plan, stream: TextIO | None = None) -> Plan:
     return replace(plan, patterns=tuple(chosen.get(id(p), p) for p in plan.patterns))
 
 
+def agreed(plan: Plan) -> Plan:
+    """The plan with the backends that rank 0 has chosen: clocks of ranks differ, and a model should compute alike on all of them. Communicates."""
+    if not any(pattern.site.device.startswith("cuda") for pattern in plan.patterns):
+        return plan  # nothing was timed, on any rank
+    chosen = [[(pattern.backend, pattern.why) for pattern in plan.patterns]]
+    dist.broadcast_object_list(chosen, src=0)
+    return replace(plan, patterns=tuple(replace(p, backend=name, why=why) for p, (name, why) in zip(plan.patterns, chosen[0], strict=True)))
+
+
 def cache_directory() -> Path:
     """``$MOEPATCH_CACHE``, else ``moepatch`` in the user's cache directory."""
     base = os.environ.get("MOEPATCH_CACHE")
@@ -70,7 +80,8 @@ def _candidates(pattern: Pattern) -> list[str]:
     kind = KINDS[pattern.site.kind]
     if kind.bench is None or pattern.backend is None or pattern.why == "chosen by the caller" or not pattern.site.device.startswith("cuda"):
         return []
-    names = [c.backend for c in pattern.choices if c.why_not is None and c.backend != "reference"]
+    ranks = {b.name: b.rank for b in registry.backends(kind.backends)}
+    names = [c.backend for c in pattern.choices if c.why_not is None and c.backend != "reference" and ranks[c.backend] >= 0]
     return names if len(names) > 1 else []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,6 +127,8 @@ class Plan:
         patterns = list(self.patterns)
         for table, name in tables.items():
             at = [i for i, p in enumerate(patterns) if KINDS[p.site.kind].backends == table]
+            if name is not None and not at and any(kind.on_request and kind.backends == table for kind in KINDS.values()):
+                raise PlanMismatch(f"The plan has nothing that {table}={name!r} could serve: no module of that kind, or the plan was made without {table}=.")
             asked = [_with_backend(patterns[i], table, name) for i in at]
             # The dense half has many patterns, of which a library serves some: those that it does not serve keep theirs.
             refused = [a for a in asked if isinstance(a, BackendUnavailable)]
@@ -188,8 +190,12 @@ class Plan:
         return text_of_plan(self)
 
 
-def make_plan(model: nn.Module, overrides: Mapping[str, str | None] | None = None, numerics: str = "exact") -> Plan:
+def make_plan(
+    model: nn.Module, overrides: Mapping[str, str | None] | None = None, numerics: str = "exact", asked: Collection[str] = ()
+) -> Plan:
     """Scans and matches `model` and chooses a backend for every pattern. Changes nothing.
+
+    Kinds that exist on request are part of it if their table is in `overrides` or `asked`.
 
     Raises:
         PlanMismatch: `numerics` is neither ``exact`` nor ``relaxed``, or an override names no table.
@@ -198,6 +204,8 @@ def make_plan(model: nn.Module, overrides: Mapping[str, str | None] | None = Non
     if numerics not in NUMERICS:
         raise PlanMismatch(f"numerics is {numerics!r}; it can be {' or '.join(NUMERICS)}.")
     sites, refusals = match(Scan(model))
+    asked = {*asked, *(overrides or ())}
+    sites = [site for site in sites if not KINDS[site.kind].on_request or KINDS[site.kind].backends in asked]
     groups: dict[tuple, list[Site]] = {}
     for site in sites:
         groups.setdefault((site.kind, site.spec, site.class_name, site.now, site.dtype, site.device), []).append(site)
@@ -240,10 +248,13 @@ def _choose(sites: tuple[Site, ...], numerics: str) -> Pattern:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device.type == "meta" else device
     spec = kind.computes(site.spec)
     choices = tuple(Choice(b.name, b.why_not(spec, dtype, device) or _inexact(b, spec, numerics)) for b in registry.backends(kind.backends))
-    best = next((c for c in choices if c.why_not is None), None)
+    automatic = [c for c, b in zip(choices, registry.backends(kind.backends), strict=True) if b.rank >= 0]
+    best = next((c for c in automatic if c.why_not is None), None)
+    if not automatic:
+        return Pattern(sites, None, "a backend has to be asked for by name", choices)
     if best is None:
         return Pattern(sites, None, "no backend can serve it: " + "; ".join(f"{c.backend}: {c.why_not}" for c in choices), choices)
-    passed = [f"{c.backend}: {c.why_not}" for c in choices[: choices.index(best)]]
+    passed = [f"{c.backend}: {c.why_not}" for c in automatic[: automatic.index(best)]]
     return Pattern(sites, best.backend, "; ".join(["ok"] if not passed else ["fallback", *passed]), choices)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import BackendUnavailable, MoePatchError
 
@@ -45,10 +46,12 @@ class Backend:
     Attributes:
         table: which kind it serves: ``experts``, ``parallel_linear``.
         name: unique in its table.
-        rank: among those that are available the highest is chosen.
+        rank: among those that are available the highest is chosen. One below 0 is never chosen, only asked for by name.
         serves: one line for people.
         why_not: ``(spec, dtype, device) -> None`` if it serves there, else the reason; spec is None to ask about the machine alone.
         exact: ``(spec) -> bool``: whether it rounds where the module does. One that does not is chosen with ``numerics="relaxed"`` only.
+        rounded: for backends of a lower precision than the module's dtype: makes a copy of the family's module round as such a precision
+            must, and returns it. Verification compares with that copy. None: with the family's module as it is.
         load: the lazy factory; returns the compute function. Call `compute` instead, which calls it once.
     """
 
@@ -59,6 +62,7 @@ class Backend:
     why_not: Callable[[Any, torch.dtype, torch.device], str | None]
     load: Callable[[], Callable[..., Any]]
     exact: Callable[[Any], bool] = lambda spec: True
+    rounded: Callable[[nn.Module], nn.Module] | None = None
 
 
 def register_matcher(name: str, *, priority: int = 100, around: bool = False) -> Callable:
@@ -90,6 +94,7 @@ def register_backend(
     serves: str = "",
     why_not: Callable[..., str | None] | None = None,
     exact: Callable[[Any], bool] = lambda spec: True,
+    rounded: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Callable:
     """Adds a backend; decorates its factory, which is called at first use, and returns it.
 
@@ -100,7 +105,7 @@ def register_backend(
         rank: `reference` has 0, `torch` 50.
         serves: one line for people.
         why_not: see `Backend`; None means always available.
-        exact: see `Backend`.
+        exact, rounded: see `Backend`.
 
     Raises:
         MoePatchError: the name is taken in this table.
@@ -109,7 +114,7 @@ def register_backend(
     def decorate(factory):
         if (table, name) in _BACKENDS:
             raise MoePatchError(f"There is a backend named {name!r} for {table!r} already. Choose another name.")
-        _BACKENDS[table, name] = Backend(table, name, rank, serves, why_not or (lambda spec, dtype, device: None), factory, exact)
+        _BACKENDS[table, name] = Backend(table, name, rank, serves, why_not or (lambda spec, dtype, device: None), factory, exact, rounded)
         return factory
 
     return decorate

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
 import zoo
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 
 def step(name: str, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -50,14 +52,16 @@ def implementation(model: nn.Module, name: str):
 
 
 @contextmanager
-def rounding_noise(model: nn.Module, seed: int):
-    """Moves what the experts return by at most two units in the last place of fp32: what an equally good implementation may do."""
+def rounding_noise(model: nn.Module, names: Iterable[str], seed: int):
+    """Moves what these modules return by at most two units in the last place of fp32: what an equally good implementation may do."""
     generator = torch.Generator().manual_seed(seed)
 
-    def hook(module, args, out):
-        return out * (1 + 2.0**-22 * (2 * torch.rand(out.shape, generator=generator) - 1)) if torch.is_tensor(out) else None
+    def moved(leaf):
+        if not (torch.is_tensor(leaf) and leaf.is_floating_point()):
+            return leaf
+        return leaf * (1 + 2.0**-22 * (2 * torch.rand(leaf.shape, generator=generator).to(leaf) - 1))
 
-    handles = [m.register_forward_hook(hook) for name, m in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    handles = [model.get_submodule(name).register_forward_hook(lambda m, args, out: tree_map(moved, out)) for name in names]
     try:
         yield
     finally:
@@ -65,11 +69,55 @@ def rounding_noise(model: nn.Module, seed: int):
             handle.remove()
 
 
+#: Kinds whose sites are whole layers or models: what they compute themselves is inside of no module that noise could be put on.
+_AROUND = ("residual", "attention_function", "loss")
+
+
+def noise(name: str, model: nn.Module, plan, grads: dict[str, torch.Tensor]) -> dict[str, float]:
+    """How far each gradient of an unpatched model moves between equally good ways to compute the modules that a plan patches."""
+    moved = []
+    for own in ("grouped_mm", "batched_mm"):
+        with implementation(model, own):
+            moved.append(step(name, model)[1])
+    names = [fqn for p in plan.patterns if p.backend and p.site.kind not in _AROUND for fqn in p.fqns]
+    for seed in range(6):
+        with implementation(model, "eager"), rounding_noise(model, names, seed):
+            moved.append(step(name, model)[1])
+    return {key: max(error(m[key], truth) for m in moved) for key, truth in grads.items()}
+
+
+def check_fp32(truth: tuple, found: tuple, noise: Callable[[], dict[str, float]], limit: float = 1e-5) -> float:
+    """Results of `step`, patched and not: equal to `limit`; the largest error of a gradient.
+
+    Some gradients are sums that cancel: they move by more than that when anything before them moves by a rounding error. Those may
+    differ by half again as much as `noise` says that they do; it is called if it is needed.
+    """
+    for key, value in truth[0].items():
+        assert error(found[0][key], value) <= limit, (key, error(found[0][key], value))
+    errors = {key: error(found[1][key], value) for key, value in truth[1].items()}
+    if max(errors.values()) > limit:
+        usual = noise()
+        bad = {key: (value, usual[key]) for key, value in errors.items() if value > max(limit, 1.5 * usual[key])}
+        assert not bad, bad
+    return max(errors.values())
+
+
+def parts(model: nn.Module, *results: tuple) -> dict[str, list[dict]]:
+    """Results of `step` by group: the outputs, the gradients of the experts, all other gradients."""
+    experts = set(zoo.expert_parameters(model))
+    return {
+        "outputs": [outputs for outputs, _ in results],
+        "expert gradients": [{k: g for k, g in grads.items() if k in experts} for _, grads in results],
+        "other gradients": [{k: g for k, g in grads.items() if k not in experts} for _, grads in results],
+    }
+
+
 class PinnedRouting(TorchFunctionMode):
     """Makes routers choose what they chose in an earlier forward: precision decides between two nearly equal experts, not our subject.
 
     ``with PinnedRouting(model) as pins`` records, ``with PinnedRouting(other, pins)`` replays, as often as the model is called. Only
-    calls of topk, max and argmax inside modules named gate or router are pinned; the values still flow, with their gradients.
+    calls of topk, max and argmax inside modules named gate or router, or around those that are linears, are pinned; the values still
+    flow, with their gradients.
     """
 
     def __init__(self, model: nn.Module, recorded: PinnedRouting | None = None):
@@ -80,6 +128,9 @@ class PinnedRouting(TorchFunctionMode):
         self.handles = []
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in ("gate", "router"):
+                if type(module) is nn.Linear:  # what is around it chooses
+                    name = name.rpartition(".")[0]
+                    module = model.get_submodule(name)
                 self.handles.append(module.register_forward_pre_hook(lambda m, args, name=name: self._enter(name)))
                 self.handles.append(module.register_forward_hook(lambda m, args, out: self.inside.pop() and None))
 

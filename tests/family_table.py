@@ -29,13 +29,14 @@ def results() -> dict[str, dict]:
 
 
 def table(facts: dict[str, dict]) -> str:
-    """One line per family: layout, activation, and what was seen."""
-    lines = ["| family | experts | activation | status |", "|---|---|---|---|"]
+    """One line per family: layout, activation, what else is patched, and what was seen."""
+    lines = ["| family | experts | activation | dense half | status |", "|---|---|---|---|---|"]
     served = 0
     for name in sorted(zoo.FAMILIES):
         found = facts.get(name, {})
         layout = ", ".join(dict.fromkeys(part.split(": ", 1)[-1] for part in found.get("layout", "").split("; ") if part))
-        lines.append(f"| {name} | {layout or zoo.FAMILIES[name].layout} | {found.get('activation', '') or '–'} | {status(found)} |")
+        dense = ", ".join(found.get("dense", [])) or "–"
+        lines.append(f"| {name} | {layout or zoo.FAMILIES[name].layout} | {found.get('activation', '') or '–'} | {dense} | {status(found)} |")
         served += "fp32" in found
     lines.append("")
     lines.append(f"{served} of {len(zoo.FAMILIES)} families are patched, each run forward and backward in fp32 and bf16, saved, reloaded and restored.")
@@ -45,7 +46,7 @@ def table(facts: dict[str, dict]) -> str:
 def status(found: dict) -> str:
     """What the tests saw of a family, in words."""
     if "refused" in found:
-        return f"refused: {found['refused']}"
+        return f"mixture refused: {found['refused']}"
     seen = [word for key, word in (("fp32", "fp32"), ("bf16", "bf16"), ("saved", "save and restore")) if key in found]
     return "✓ " + ", ".join(seen) if seen else "not run"
 

@@ -142,8 +142,8 @@ def test_shared_modules_and_tied_embeddings_stay_shared():
     moepatch.optimize(model)
     assert model.model.layers[1].mlp.experts is model.model.layers[0].mlp.experts is shared
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert moepatch.report(model).patched == 1
-    (site,) = moepatch.report(model).plan.patterns[0].sites
+    (pattern,) = moepatch.report(model).plan.mixture
+    (site,) = pattern.sites
     assert site.fqns == ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
     found = compare.step("qwen3_moe_tied", model)
     assert all(compare.error(found[1][key], grad) <= 1e-5 for key, grad in truth[1].items())
@@ -203,10 +203,12 @@ def test_call_by_keyword():
 def test_two_models_in_one_process_are_patched_differently():
     a, b, c = zoo.build("qwen3_moe"), zoo.build("qwen3_moe"), zoo.build("qwen3_moe")
     moepatch.optimize(a)
-    moepatch.optimize(b, experts="reference")
-    backends = [{p.backend for p in moepatch.report(m).plan.patterns} for m in (a, b)]
+    moepatch.optimize(b, experts="reference", dense=False)
+    backends = [{p.backend for p in moepatch.report(m).plan.mixture} for m in (a, b)]
     assert backends == [{"torch"}, {"reference"}]
     assert type(c.model.layers[0].mlp.experts).__name__ == "Qwen3MoeExperts"
+    assert [type(m.model.norm).__name__ for m in (a, b, c)] == ["PatchedQwen3MoeRMSNorm", "Qwen3MoeRMSNorm", "Qwen3MoeRMSNorm"]
+    assert a.config._attn_implementation != b.config._attn_implementation == c.config._attn_implementation
     inputs = zoo.inputs("qwen3_moe", a)
     assert close(a(**inputs).logits, c(**inputs).logits) and close(b(**inputs).logits, c(**inputs).logits)
 

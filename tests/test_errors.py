@@ -26,9 +26,31 @@ def code(model, **options):
     return [problem.code for problem in caught.value.problems]
 
 
-def test_no_moe_in_the_model():
+def test_nothing_in_the_model():
+    refused(nn.Module(), moepatch.NothingMatched, r"Module has no mixture of experts: none of its 1 modules is anything that moepatch can serve.*unchanged")
+
+
+def test_a_dense_model_is_patched_with_a_note():
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    refused(LlamaForCausalLM(config), moepatch.NothingMatched, r"LlamaForCausalLM has no mixture of experts: none of its \d+ modules.*unchanged")
+    model = LlamaForCausalLM(config)
+    refused(model, moepatch.NothingMatched, "LlamaForCausalLM: the plan leaves every module alone. The model is unchanged", dense=False)
+    report = moepatch.report(moepatch.optimize(model))
+    assert "there is no mixture of experts in this model" in report.notes
+    assert not report.plan.mixture and {"norm", "mlp", "attention_block"} <= {p.site.kind for p in report.plan.patterns}
+
+
+@pytest.mark.parametrize("name", ["doge", "nllb_moe"])
+def test_the_dense_half_around_a_refused_mixture_is_patched(name):
+    if zoo.available(name) is not None:
+        pytest.skip(zoo.available(name))
+    model = zoo.build(name)
+    words = rf"^{type(model).__name__} has a mixture of experts that moepatch cannot serve:\n(  - model\..*\n)+The model is unchanged\.$"
+    refused(model, moepatch.NothingMatched, words, dense=False)
+    report = moepatch.report(moepatch.optimize(model))
+    assert not report.plan.mixture and report.plan.refusals and report.patched > 0
+    assert "its mixture of experts is left alone: see the reasons" in report.notes
+    assert report.plan.refusals[0].reason in " ".join(str(report).split())
+    assert moepatch.inspect(model).exit_code == 2
 
 
 def test_not_a_module():
@@ -132,7 +154,7 @@ def test_mixed_dtypes_are_refused_and_the_rest_is_patched(qwen3):
     (refusal,) = moepatch.report(qwen3).plan.refusals
     assert refusal.fqn == "model.layers.0.mlp.experts"
     assert "mixed dtypes (gate_up_proj float32, down_proj bfloat16)" in refusal.reason
-    assert moepatch.report(qwen3).patched == 1
+    assert [p.fqns for p in moepatch.report(qwen3).plan.mixture] == [("model.layers.1.mlp.experts",)]
 
 
 def test_an_unknown_experts_module_is_refused_and_the_rest_is_patched(qwen3):
@@ -151,13 +173,14 @@ def test_an_unknown_experts_module_is_refused_and_the_rest_is_patched(qwen3):
     moepatch.optimize(qwen3)
     (refusal,) = moepatch.report(qwen3).plan.refusals
     assert refusal.fqn == "model.layers.1.mlp.experts" and "does not compute what its parameters suggest" in refusal.reason
-    assert "register_matcher" in refusal.hint and moepatch.report(qwen3).patched == 1
+    assert "register_matcher" in refusal.hint
+    assert [p.fqns for p in moepatch.report(qwen3).plan.mixture] == [("model.layers.0.mlp.experts",)]
     assert "model.layers.1.mlp.experts" in str(moepatch.report(qwen3))
 
 
 def test_unknown_options_and_backends_are_refused_with_what_exists(qwen3):
     refused(qwen3, moepatch.PlanMismatch, r"no option 'expert'\. Did you mean 'experts'\?", expert="torch")
-    refused(qwen3, moepatch.BackendUnavailable, r"No backend named 'cutlass' for 'experts'\. There are: torch, reference", experts="cutlass")
+    refused(qwen3, moepatch.BackendUnavailable, r"No backend named 'cutlass' for 'experts'\. There are: quack, triton, torch, reference\.", experts="cutlass")
 
 
 def test_a_backend_that_cannot_serve_says_why():
@@ -165,7 +188,7 @@ def test_a_backend_that_cannot_serve_says_why():
     refused(model, moepatch.BackendUnavailable, r"layers\.0\.mlp\.experts: the backend 'torch' cannot serve E=8 .*no float64", experts="torch")
     moepatch.optimize(model)
     report = moepatch.report(model)
-    assert {p.backend for p in report.plan.patterns} == {"reference"} and "no float64" in report.plan.patterns[0].why
+    assert {p.backend for p in report.plan.mixture} == {"reference"} and "no float64" in report.plan.mixture[0].why
     assert any("slow" in note for note in report.notes)
 
 

@@ -65,7 +65,7 @@ def test_rows_that_are_not_there_are_not_touched():
 
 def run(module, x, dtype, grad):
     module = copy.deepcopy(module).to("cuda", dtype)
-    x = x.to(dtype).requires_grad_()
+    x = x.detach().clone().to(dtype).requires_grad_()
     y = module(x)
     y.backward(grad.to(dtype))
     return {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in module.named_parameters()}}

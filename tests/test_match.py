@@ -94,13 +94,18 @@ def test_experts_that_use_more_than_their_weights_are_refused():
 
 
 def test_flags_that_contradict_the_forward_are_refused():
-    """gpt-oss says interleaved; a fork that forgot to change the flag would be patched wrongly if flags were believed."""
+    """gpt-oss says interleaved; a fork that forgot to change the flag would be patched wrongly if flags were believed. The rest is patched."""
     model = zoo.build("gpt_oss")
     for layer in model.model.layers:
         layer.mlp.experts.is_concatenated = True
         layer.mlp.experts.is_transposed = False
-    with pytest.raises(moepatch.NothingMatched, match="gpt|Gpt"):
-        moepatch.optimize(model)
+    with pytest.raises(moepatch.NothingMatched, match=r"layers\.0\.mlp\.experts \(GptOssExperts\)"):
+        moepatch.optimize(model, dense=False)
+    report = moepatch.report(moepatch.optimize(model))
+    assert not report.plan.mixture and report.patched > 0
+    assert [r.class_name for r in report.plan.refusals] == ["GptOssExperts"] * len(model.model.layers)
+    assert {type(layer.mlp.experts).__name__ for layer in model.model.layers} == {"GptOssExperts"}
+    assert "its mixture of experts is left alone: see the reasons" in report.notes
 
 
 def test_a_list_of_experts_is_refused_in_words():
@@ -143,19 +148,24 @@ def test_a_plan_prints_becomes_json_and_is_edited(qwen3):
     plan = moepatch.plan(qwen3)
     data = json.loads(plan.to_json())
     assert data["patterns"][0]["fqns"] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
-    assert data["patterns"][0]["choices"] == {"torch": "available", "reference": "available"}
+    choices = data["patterns"][0]["choices"]
+    assert list(choices) == ["quack", "triton", "torch", "reference"] and choices["torch"] == choices["reference"] == "available"
     data["patterns"][0]["planned"] = "reference"
     data["patterns"][0]["fqns"] = data["patterns"][0]["fqns"][1:]
     edited = plan.edited(json.dumps(data))
     moepatch.optimize(qwen3, plan=edited)
-    assert [(p.backend, p.fqns) for p in moepatch.report(qwen3).plan.patterns] == [("reference", ("model.layers.1.mlp.experts",))]
+    patched = moepatch.report(qwen3).plan
+    assert [(p.backend, p.fqns) for p in patched.mixture] == [("reference", ("model.layers.1.mlp.experts",))]
+    assert patched.patterns[1:] == plan.patterns[1:]
     assert type(qwen3.model.layers[0].mlp.experts).__name__ == "Qwen3MoeExperts"
 
 
 def test_a_plan_without_a_module(qwen3):
     plan = moepatch.plan(qwen3)
-    moepatch.optimize(qwen3, plan=plan.without("model.layers.0.mlp.experts"))
-    assert moepatch.report(qwen3).patched == 1
+    moepatch.optimize(qwen3, plan=plan.without("model.layers.0.mlp.experts", "model.norm"))
+    assert [p.fqns for p in moepatch.report(qwen3).plan.mixture] == [("model.layers.1.mlp.experts",)]
+    assert moepatch.report(qwen3).patched == sum(len(p.sites) for p in plan.patterns) - 2
+    assert type(qwen3.model.norm).__name__ == "Qwen3MoeRMSNorm"
     with pytest.raises(moepatch.PlanMismatch, match=r"no module named 'model\.layers\.0\.mlp\.expert'\. Did you mean"):
         plan.without("model.layers.0.mlp.expert")
 
@@ -184,7 +194,7 @@ def test_third_parties_register_a_matcher(qwen3):
             moepatch.register_matcher("test.first")(refuse_the_first)
         moepatch.optimize(qwen3)
         assert moepatch.report(qwen3).plan.refusals[0].reason == "because the test says so"
-        assert moepatch.report(qwen3).patched == 1 and "" in seen
+        assert [p.fqns for p in moepatch.report(qwen3).plan.mixture] == [("model.layers.1.mlp.experts",)] and "" in seen
     finally:
         registry.unregister("test.first")
 

@@ -11,7 +11,9 @@ import compare
 import pytest
 import torch
 import zoo
+from facts import facts
 from ranks import on_ranks
+from test_parallel import mesh_of, whole
 from torch import nn
 
 import moepatch
@@ -127,23 +129,45 @@ def test_patched_families(name):
     assert compare.error(compare.step(name, model)[0]["logits"], outputs["logits"]) == 0
 
 
-def compiled_under_fsdp(backend="eager"):
-    import test_parallel_training as training
+@pytest.mark.parametrize("dense", [True, False])
+def test_optimize_compiles_and_restore_undoes_it(dense, monkeypatch):
+    monkeypatch.setattr(moepatch.api, "compile_layers", functools.partial(compile_layers, backend="eager"))
+    model = quiet("qwen3_moe")
+    outputs, grads = compare.step("qwen3_moe", model)
+    moepatch.optimize(model, compile="regional", dense=dense)
+    (record,) = moepatch.report(model).compiled
+    assert record.layers == 2 and record.graphs == 0
+    found, found_grads = compare.step("qwen3_moe", model)
+    assert compare.error(found["logits"], outputs["logits"]) < 1e-5 and compare.together(found_grads, grads) < 1e-5
+    assert record.graphs > 0 and str(record) in str(moepatch.report(model))
+    moepatch.restore(model)
+    assert all(layer._compiled_call_impl is None for layer in model.model.layers)
+    assert compare.error(compare.step("qwen3_moe", model)[0]["logits"], outputs["logits"]) == 0
 
-    adapt = functools.partial(setattr_on_config, use_cache=False)
-    journal = []
-    training.gradients_agree(training.EP2, adapt=adapt, prepare=lambda model: journal.append(compiled(model, backend)))
-    (record,) = layer_graphs(journal[0].steps)
-    return record.to_dict()
+
+def test_optimize_refuses_other_ways_to_compile(qwen3):
+    before = facts(qwen3)
+    with pytest.raises(moepatch.MoePatchError, match="'whole'; it can be 'regional'"):
+        moepatch.optimize(qwen3, compile="whole")
+    assert facts(qwen3) == before
 
 
-def setattr_on_config(model, **values):
-    for key, value in values.items():
-        setattr(model.config, key, value)
+def compiled_under_fsdp():
+    """A sharded model before and after its layers are compiled."""
+    torch._dynamo.reset()
+    model = zoo.build("qwen3_moe", num_hidden_layers=1)
+    model.config.use_cache = False
+    moepatch.optimize(model, mesh_of({"ep": 2}), verify=False, dense=False)
+    outputs, grads = compare.step("qwen3_moe", model)
+    journal = compiled(model, "eager")
+    found, found_grads = compare.step("qwen3_moe", model)
+    assert compare.error(found["logits"], outputs["logits"]) < 1e-6
+    assert all(compare.error(whole(found_grads[key]), whole(grad)) < 1e-5 for key, grad in grads.items())
+    return layer_graphs(journal.steps)[0].to_dict()
 
 
 @pytest.mark.timeout(300)
 def test_compiled_layers_under_fsdp2():
-    """Hooks and dispatch break graphs; the numbers stay those of one process."""
-    for facts in on_ranks(2, compiled_under_fsdp, timeout=280):
-        assert facts["layers"] == 2 and facts["graphs"] > 0
+    """Hooks and dispatch break graphs; the numbers stay those of the sharded model."""
+    for found in on_ranks(2, compiled_under_fsdp, timeout=280):
+        assert found["layers"] == 1 and found["graphs"] > 0

@@ -145,9 +145,9 @@ def test_experts_called_with_keywords(qwen3):
 
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_for_the_device(qwen3):
-    model = moepatch.optimize(qwen3.cuda(), dense=False)
+    model = moepatch.optimize(qwen3.cuda().bfloat16(), dense=False)  # torch's grouped GEMM waits in fp32
     experts = model.model.layers[0].mlp.experts
-    call = torch.randn(4, 64, device="cuda"), torch.zeros(4, 2, dtype=torch.int64, device="cuda"), torch.rand(4, 2, device="cuda")
+    call = torch.randn(4, 64, device="cuda", dtype=torch.bfloat16), torch.zeros(4, 2, dtype=torch.int64, device="cuda"), torch.rand(4, 2, device="cuda")
     with balanced_routing(model), record_routing(model) as record:
         experts(*call)  # the draw is made and moved
         torch.cuda.set_sync_debug_mode("error")

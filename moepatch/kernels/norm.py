@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..layers.norm import CASTS, GATES, NormSpec, reference_norm
-from .launch import launch
+from .launch import Prepared
 from .norm_jit import backward_kernel, forward_kernel, sum_kernel
 
 try:
@@ -25,6 +25,8 @@ except ImportError:
 WIDEST = 16384
 #: Bytes of a multiprocessor's shared memory that loads ahead may use.
 _AHEAD = 200 * 1024
+#: Columns of weight gradients that one program adds up.
+_SUMMED = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GATE_CODES = {None: 0, **{name: code for code, name in enumerate(GATES, 1)}}
 
@@ -181,12 +183,12 @@ def _multiprocessors(index: int | None) -> int:
     return 2 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _constants(spec: NormSpec, rows: _Rows, weight: Tensor | None) -> dict:
+def _constants(spec: NormSpec, width: int, groups: int, inner: int, weighted: bool) -> dict:
     return {
-        "N": rows.width,
-        "INNER": rows.inner,
-        "GROUPS": rows.groups,
-        "WEIGHT": weight is not None,
+        "N": width,
+        "INNER": inner,
+        "GROUPS": groups,
+        "WEIGHT": weighted,
         "OFFSET": spec.offset,
         "CAST": CASTS.index(spec.cast),
         "GATE": _GATE_CODES[spec.gate],
@@ -194,34 +196,50 @@ def _constants(spec: NormSpec, rows: _Rows, weight: Tensor | None) -> dict:
     }
 
 
+@functools.lru_cache(maxsize=1024)
+def _prepared_forward(spec: NormSpec, width: int, groups: int, inner: int, weighted: bool, added: bool) -> tuple[int, Prepared]:
+    """Rows of a program, and the kernel."""
+    block, tile, warps = _tile(width)
+    return tile, Prepared(forward_kernel, BLOCK=block, ROWS=tile, ADD=added, **_constants(spec, width, groups, inner, weighted), num_warps=warps)
+
+
 def _forward(rows: _Rows, residual, weight, gate, y, total, rstd, spec: NormSpec) -> None:
-    block, tile, warps = _tile(rows.width)
-    x, grid = rows.tensor, (triton.cdiv(rows.count, tile), rows.groups)
-    launch(forward_kernel, grid,
-        x, residual, weight, gate, y, total, rstd, rows.count, rows.outer_stride, rows.inner_stride, spec.eps,
-        BLOCK=block, ROWS=tile, ADD=residual is not None, **_constants(spec, rows, weight), num_warps=warps,
+    tile, kernel = _prepared_forward(spec, rows.width, rows.groups, rows.inner, weight is not None, residual is not None)
+    grid = -(-rows.count // tile), rows.groups
+    kernel(grid, rows.tensor, residual, weight, gate, y, total, rstd, rows.count, rows.outer_stride, rows.inner_stride, spec.eps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared_backward(
+    spec: NormSpec, width: int, groups: int, inner: int, weighted: bool, streamed: bool, wants_weight: bool, read: tuple, tile: tuple
+) -> Prepared:
+    """The kernel for a tile of `_backward_tile`; `read` are the dtypes of what it reads of each row."""
+    block, high, warps, crowd = tile
+    ahead = block * high * sum(dtype.itemsize for dtype in read)
+    return Prepared(
+        backward_kernel, BLOCK=block, ROWS=high, STREAM=streamed, DWEIGHT=wants_weight, STAGES=max(1, min(3, _AHEAD // crowd // ahead)),
+        **_constants(spec, width, groups, inner, weighted), num_warps=warps,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared_sum(width: int, programs: int) -> Prepared:
+    return Prepared(sum_kernel, N=width, COLUMNS=_SUMMED, ROWS=min(512, triton.next_power_of_2(programs)), num_warps=8)
 
 
 def _backward(rows: _Rows, dy, dstream, weight, gate, rstd, spec: NormSpec, wants_weight: bool):
     """Gradients of input, weight and gate; None for what there is not."""
-    block, tile, warps, crowd = _backward_tile(rows.width)
-    x = rows.tensor
-    steps = triton.cdiv(rows.count, tile)
-    programs = min(steps, max(1, crowd * _multiprocessors(x.device.index) // rows.groups))
+    x, width, groups = rows.tensor, rows.width, rows.groups
+    tile = _backward_tile(width)
+    read = (x.dtype, dy.dtype, *(t.dtype for t in (dstream, gate) if t is not None))
+    kernel = _prepared_backward(spec, width, groups, rows.inner, weight is not None, dstream is not None, wants_weight, read, tile)
+    programs = min(-(-rows.count // tile[1]), max(1, tile[3] * _multiprocessors(x.device.index) // groups))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dgate = torch.empty(x.shape, dtype=gate.dtype, device=x.device) if gate is not None else None
-    dweight = torch.empty_like(weight) if wants_weight else None
-    ahead = block * tile * sum(t.element_size() for t in (x, dy, dstream, gate) if t is not None)
-    partial = torch.empty(rows.groups * programs * rows.width, dtype=torch.float32, device=x.device) if wants_weight else None
-    launch(backward_kernel, (programs, rows.groups),
-        dy, dstream, x, weight, gate, rstd, dx, dgate, partial, rows.count, rows.outer_stride, rows.inner_stride,
-        BLOCK=block, ROWS=tile, STREAM=dstream is not None, DWEIGHT=wants_weight,
-        STAGES=max(1, min(3, _AHEAD // crowd // ahead)), **_constants(spec, rows, weight), num_warps=warps,
-    )  # fmt: skip
-    if wants_weight:
-        columns = 16
-        launch(sum_kernel, (triton.cdiv(rows.width, columns), rows.groups),
-            partial, dweight, programs, N=rows.width, COLUMNS=columns, ROWS=min(512, triton.next_power_of_2(programs)), num_warps=8,
-        )  # fmt: skip
+    partial = torch.empty(groups * programs * width, dtype=torch.float32, device=x.device) if wants_weight else None
+    kernel((programs, groups), dy, dstream, x, weight, gate, rstd, dx, dgate, partial, rows.count, rows.outer_stride, rows.inner_stride)
+    if not wants_weight:
+        return dx, None, dgate
+    dweight = torch.empty_like(weight)
+    _prepared_sum(width, programs)((-(-width // _SUMMED), groups), partial, dweight, programs)
     return dx, dweight, dgate

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..layers.rope import ROPES, HeadsSpec
-from .launch import launch
+from .launch import Prepared
 
 try:  # Everything that only asks needs no Triton.
     import triton
@@ -32,14 +32,32 @@ _REDUCED = 16
 
 @dataclass(frozen=True)
 class _Launch:
-    """What is constant for a spec and a width of the tables: the compile-time arguments, and how the grid is laid."""
+    """What is constant for a spec and a width of the tables: the kernels, and how their grids are laid.
 
-    constants: dict
+    Attributes:
+        forward, backward, reduce: the kernels.
+        full: whether all heads of a token are normed together.
+        groups, backward_groups: of heads, each a program of its own.
+        block: tokens of a program.
+        weights: sizes of the norms' weights, of queries and keys.
+        numbers: of a token's query heads, and of its key heads.
+        partials: numbers that a block of tokens leaves for the gradients of the weights.
+        q_rows, k_rows: rows of partial gradients for each block.
+    """
+
+    forward: Prepared
+    backward: Prepared
+    reduce: Prepared
     full: bool
     groups: int
     backward_groups: int
     block: int
     weights: tuple[int, int]
+    numbers: tuple[int, int]
+    partials: int
+    q_rows: int
+    k_rows: int
+    eps: float
 
 
 @functools.lru_cache(maxsize=256)
@@ -65,8 +83,25 @@ def _launch(spec: HeadsSpec, table: int) -> _Launch:
         OFFSET=norm.offset if norm else 0.0, CAST_FIRST=norm is not None and norm.cast_first, BT=block, BH=per_program,
         num_warps=warps,
     )  # fmt: skip
-    weights = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim) if full else (spec.head_dim, spec.head_dim)
-    return _Launch(constants, full, q_groups + k_groups, q_groups + k_groups + copies, block, weights)
+    numbers = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    weights = numbers if full else (spec.head_dim, spec.head_dim)
+    return _Launch(
+        forward=Prepared(forward_kernel, **constants),
+        backward=Prepared(
+            backward_kernel, DV2=triton.next_power_of_2(spec.value_dim), D2=triton.next_power_of_2(spec.head_dim), **constants
+        ),
+        reduce=Prepared(reduce_kernel, COLUMNS=_REDUCED, ROWS=128, num_warps=4),
+        full=full,
+        groups=q_groups + k_groups,
+        backward_groups=q_groups + k_groups + copies,
+        block=block,
+        weights=weights,
+        numbers=numbers,
+        partials=0 if norm is None else sum(weights) if full else (q_groups + k_groups) * spec.head_dim,
+        q_rows=q_groups,
+        k_rows=k_groups,
+        eps=norm.eps if norm else 0.0,
+    )
 
 
 def heads_forward(joint: Tensor, spec: HeadsSpec, q_weight, k_weight, cos, sin) -> tuple[Tensor, Tensor]:
@@ -74,15 +109,16 @@ def heads_forward(joint: Tensor, spec: HeadsSpec, q_weight, k_weight, cos, sin) 
     batch, sequence, _ = joint.shape
     tokens = batch * sequence
     laid = _launch(spec, 0 if cos is None else cos.shape[-1])
-    queries, keys = tokens * spec.heads * spec.head_dim, tokens * spec.kv_heads * spec.head_dim
-    out = torch.empty(queries + keys, dtype=joint.dtype, device=joint.device)
+    queries, keys = laid.numbers
+    out = torch.empty(tokens * (queries + keys), dtype=joint.dtype, device=joint.device)
     if tokens:
-        launch(forward_kernel, (triton.cdiv(tokens, laid.block), laid.groups),
-            joint, q_weight, k_weight, cos, sin, out, tokens, sequence, joint.stride(1),
-            *_table_strides(cos, sin), spec.norm.eps if spec.norm else 0.0, **laid.constants,
+        laid.forward(
+            (-(-tokens // laid.block), laid.groups),
+            joint, q_weight, k_weight, cos, sin, out, tokens, sequence, joint.stride(1), *_table_strides(cos, sin), laid.eps,
         )  # fmt: skip
-    q, k = out.split((queries, keys))
-    return q.view(batch, sequence, spec.heads, spec.head_dim), k.view(batch, sequence, spec.kv_heads, spec.head_dim)
+    d = spec.head_dim
+    q = out.as_strided((batch, sequence, spec.heads, d), (sequence * queries, queries, d, 1))
+    return q, out.as_strided((batch, sequence, spec.kv_heads, d), (sequence * keys, keys, d, 1), tokens * queries)
 
 
 def heads_backward(
@@ -95,7 +131,7 @@ def heads_backward(
         grads: of what `reference_heads` returns, of any strides.
     """
     dq, dk, dv, dgate = grads
-    batch, heads, sequence, _ = dq.shape
+    batch, _, sequence, _ = dq.shape
     tokens, laid = batch * sequence, _launch(spec, 0 if cos is None else cos.shape[-1])
     dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
     gate_strides = (0, 0, 0)
@@ -103,15 +139,14 @@ def heads_backward(
         dgate = dgate if dgate.stride(-1) == 1 else dgate.contiguous()
         gate_strides = (dgate.stride(0), dgate.stride(2), dgate.stride(1))
     djoint = torch.empty(batch, sequence, sum(spec.splits), dtype=dq.dtype, device=dq.device)
-    blocks = triton.cdiv(tokens, laid.block)
-    rows = blocks * (sum(laid.weights) if laid.full else laid.groups * spec.head_dim)
-    partial = torch.empty(rows if spec.norm else 0, dtype=torch.float32, device=dq.device)
+    blocks = -(-tokens // laid.block)
+    partial = torch.empty(blocks * laid.partials, dtype=torch.float32, device=dq.device)
     if tokens:
-        launch(backward_kernel, (blocks, laid.backward_groups),
+        laid.backward(
+            (blocks, laid.backward_groups),
             joint, q_weight, k_weight, cos, sin, djoint, partial, dq, dk, dv, dgate, tokens, sequence,
             0 if joint is None else joint.stride(1), *_table_strides(cos, sin), *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-            *gate_strides, spec.norm.eps if spec.norm else 0.0, DV2=triton.next_power_of_2(spec.value_dim),
-            D2=triton.next_power_of_2(spec.head_dim), **laid.constants,
+            *gate_strides, laid.eps,
         )  # fmt: skip
     if spec.norm is None:
         return djoint, None, None
@@ -120,16 +155,15 @@ def heads_backward(
 
 def _reduced(partial: Tensor, laid: _Launch, spec: HeadsSpec, blocks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Sums of the partial gradients: ``[blocks, Wq + Wk]`` for a full norm, else ``[groups, blocks, D]``."""
-    both = torch.empty(sum(laid.weights), dtype=dtype, device=partial.device)
+    q_width, k_width = laid.weights
+    both = torch.empty(q_width + k_width, dtype=dtype, device=partial.device)
     if laid.full:
-        stride, q_rows, k_rows, at, column = sum(laid.weights), blocks, blocks, 0, laid.weights[0]
+        stride, q_rows, k_rows, at, column = q_width + k_width, blocks, blocks, 0, q_width
     else:
-        q_rows, k_rows = (blocks * heads // laid.constants["BH"] for heads in (spec.heads, spec.kv_heads))
+        q_rows, k_rows = blocks * laid.q_rows, blocks * laid.k_rows
         stride, at, column = spec.head_dim, q_rows, 0
-    launch(reduce_kernel, (triton.cdiv(max(laid.weights), _REDUCED), 2),
-        partial, both, stride, q_rows, k_rows, at, column, *laid.weights, COLUMNS=_REDUCED, ROWS=128, num_warps=4,
-    )  # fmt: skip
-    return both.split(laid.weights)
+    laid.reduce((-(-max(laid.weights) // _REDUCED), 2), partial, both, stride, q_rows, k_rows, at, column, q_width, k_width)
+    return both[:q_width], both[q_width:]
 
 
 def _table_strides(cos, sin) -> tuple[int, int, int, int]:

@@ -23,17 +23,16 @@ try:
 except ImportError:
     triton = None
 
+from .launch import launch
 from .ssd_jit import grad_states_kernel, grads_kernel, outputs_kernel, states_kernel
 
-#: Tokens in a chunk (Q).
-CHUNK = 64
 #: Programs that fill a large GPU twice; with fewer, the heads of a group are split between programs.
 _ENOUGH = 264
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one call: sequences, tokens, heads, head width, groups, state, and the limits of dt."""
+    """The sizes of one call: sequences, tokens, heads, head width, groups, state, the limits of dt, and whether factors are fp32."""
 
     batch: int
     tokens: int
@@ -42,11 +41,17 @@ class Shape:
     groups: int
     state: int
     limits: tuple[float, float]
+    wide: bool
+
+    @property
+    def chunk(self) -> int:
+        """Tokens in a chunk (Q): half as many where numbers are twice as wide."""
+        return 32 if self.wide else 64
 
     @property
     def chunks(self) -> int:
         """How many chunks a sequence has."""
-        return -(-self.tokens // CHUNK)
+        return -(-self.tokens // self.chunk)
 
     @property
     def splits(self) -> int:
@@ -56,17 +61,15 @@ class Shape:
             splits *= 2
         return splits
 
+    @property
     def constants(self) -> dict[str, int | float]:
-        """The compile-time arguments that every kernel has."""
+        """The compile-time arguments and options that every kernel has. fp32 tiles are too large to fetch the next ones early."""
         return {
-            "H": self.heads, "P": self.head_dim, "G": self.groups, "N": self.state, "Q": CHUNK,
-            "LOW": float(self.limits[0]), "HIGH": float(self.limits[1]),
+            "H": self.heads, "P": self.head_dim, "G": self.groups, "N": self.state, "Q": self.chunk,
+            "LOW": float(self.limits[0]), "HIGH": float(self.limits[1]), **({"num_stages": 1} if self.wide else {}),
         }  # fmt: skip
 
-    def options(self, dtype: torch.dtype) -> dict[str, int]:
-        """How the kernels of products are compiled: fp32 tiles are too large to fetch the next ones early."""
-        return {"num_stages": 1} if dtype == torch.float32 else {}
-
+    @property
     def slots(self) -> tuple[int, int, int]:
         """The grid of the two kernels that walk along time, a program for each block of a head's state, and the block."""
         return (_power(self.state) // _slice(self.state)) * (_power(self.head_dim) // _slice(self.head_dim)), self.heads, self.batch
@@ -92,19 +95,20 @@ def scan_states(u_BTC: Tensor, dt_BTH: Tensor, a_log_H: Tensor, dt_bias_H: Tenso
     """
     states = u_BTC.new_empty((shape.batch, shape.chunks, shape.heads, shape.state, shape.head_dim))
     last = torch.empty((shape.batch, shape.heads, shape.head_dim, shape.state), dtype=torch.float32, device=u_BTC.device)
-    states_kernel[shape.slots()](
-        u_BTC, dt_BTH, a_log_H, dt_bias_H, states, last, shape.tokens, shape.chunks, dt_BTH.stride(0), dt_BTH.stride(1),
-        BN=_slice(shape.state), BP=_slice(shape.head_dim), **shape.constants(),
+    launch(
+        states_kernel, shape.slots, u_BTC, dt_BTH, a_log_H, dt_bias_H, states, last, shape.tokens, shape.chunks, dt_BTH.stride(0), dt_BTH.stride(1),
+        BN=_slice(shape.state), BP=_slice(shape.head_dim), **shape.constants,
     )  # fmt: skip
     return states, last
 
 
 def scan_outputs(u_BTC: Tensor, dt_BTH: Tensor, a_log_H: Tensor, dt_bias_H: Tensor, d_H: Tensor, states: Tensor, shape: Shape) -> Tensor:
-    """y ``[B, T, H·P]`` from the states before each chunk."""
-    y = u_BTC.new_empty((shape.batch, shape.tokens, shape.heads * shape.head_dim))
-    outputs_kernel[shape.chunks, shape.groups * shape.splits, shape.batch](
+    """y ``[B, T, H·P]`` in fp32 from the states before each chunk."""
+    y = torch.empty((shape.batch, shape.tokens, shape.heads * shape.head_dim), dtype=torch.float32, device=u_BTC.device)
+    launch(
+        outputs_kernel, (shape.chunks, shape.groups * shape.splits, shape.batch),
         u_BTC, dt_BTH, a_log_H, dt_bias_H, d_H, states, y, shape.tokens, shape.chunks, dt_BTH.stride(0), dt_BTH.stride(1),
-        SPLITS=shape.splits, BN=_power(shape.state), BP=_power(shape.head_dim), **shape.constants(), **shape.options(u_BTC.dtype),
+        SPLITS=shape.splits, BN=_power(shape.state), BP=_power(shape.head_dim), **shape.constants,
     )  # fmt: skip
     return y
 
@@ -116,7 +120,7 @@ def scan_backward(
     """All gradients of the scan.
 
     Args:
-        grad_y: contiguous ``[B, T, H·P]``.
+        grad_y: contiguous ``[B, T, H·P]`` in fp32.
         grad_last: of the last state ``[B, H, P, N]``, or None.
         u_BTC, dt_BTH, a_log_H, dt_bias_H, d_H: as in the forward.
         grad_dt_BTH: receives the gradient of `dt_BTH`; rows may lie apart.
@@ -127,19 +131,21 @@ def scan_backward(
     """
     states, _ = scan_states(u_BTC, dt_BTH, a_log_H, dt_bias_H, shape)
     grad_states = torch.empty_like(states)
-    grad_states_kernel[shape.slots()](
+    launch(
+        grad_states_kernel, shape.slots,
         grad_y, grad_last, u_BTC, dt_BTH, a_log_H, dt_bias_H, grad_states, shape.tokens, shape.chunks, dt_BTH.stride(0), dt_BTH.stride(1),
-        LAST=grad_last is not None, BN=_slice(shape.state), BP=_slice(shape.head_dim), **shape.constants(),
+        LAST=grad_last is not None, BN=_slice(shape.state), BP=_slice(shape.head_dim), **shape.constants,
     )  # fmt: skip
     grad_u = torch.empty_like(u_BTC)
     splits, width = shape.splits, 2 * shape.groups * shape.state
     # Programs that share a group add up their parts of its B and C afterwards; a program alone writes them where they belong.
     parts = None if splits == 1 else torch.empty((splits, shape.batch, shape.tokens, width), dtype=torch.float32, device=u_BTC.device)
     sums = torch.empty((shape.batch * shape.chunks, 3, shape.heads), dtype=torch.float32, device=u_BTC.device)
-    grads_kernel[shape.chunks, shape.groups * splits, shape.batch](
+    launch(
+        grads_kernel, (shape.chunks, shape.groups * splits, shape.batch),
         grad_y, u_BTC, dt_BTH, a_log_H, dt_bias_H, d_H, states, grad_states, grad_u, parts, grad_dt_BTH, sums, shape.tokens, shape.chunks,
         dt_BTH.stride(0), dt_BTH.stride(1), grad_dt_BTH.stride(0), grad_dt_BTH.stride(1),
-        SPLITS=splits, BN=_power(shape.state), BP=_power(shape.head_dim), **shape.constants(), **shape.options(u_BTC.dtype), num_warps=8,
+        SPLITS=splits, BN=_power(shape.state), BP=_power(shape.head_dim), **shape.constants, num_warps=8,
     )  # fmt: skip
     if parts is not None:
         grad_u[..., -width:] = parts.sum(0)

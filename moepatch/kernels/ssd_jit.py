@@ -29,13 +29,25 @@ def _steps(dt, bias, h, live, stride_t, Q: tl.constexpr, LOW: tl.constexpr, HIGH
 def _pairs(value, run, Q: tl.constexpr, EXACT: tl.constexpr):
     """The decay from token j to token i of a chunk, ``[i, j]``, 0 where j is later."""
     later = tl.arange(0, Q)[:, None] > tl.arange(0, Q)[None, :]
+    diagonal = tl.arange(0, Q)[:, None] == tl.arange(0, Q)[None, :]
     if EXACT:
-        # Differences of running sums lose bits that fp32 callers want.
-        pair = tl.cumsum(tl.where(later, value[:, None], 0.0), 0)
+        # Differences of running sums lose bits that fp32 callers want: each pair is summed up by itself.
+        pair = _dot((later | diagonal).to(tl.float32), tl.where(later, value[:, None], 0.0))
     else:
         pair = run[:, None] - run[None, :]
-    diagonal = tl.arange(0, Q)[:, None] == tl.arange(0, Q)[None, :]
     return tl.exp(tl.where(later, pair, tl.where(diagonal, 0.0, -float("inf"))))
+
+
+@jit()
+def _grad_pairs(grad, Q: tl.constexpr, EXACT: tl.constexpr):
+    """From the gradients of the exponents of `_pairs` those of the values: of k, the sum over all pairs j < k <= i."""
+    later = tl.arange(0, Q)[:, None] > tl.arange(0, Q)[None, :]
+    if EXACT:
+        upper = tl.arange(0, Q)[:, None] <= tl.arange(0, Q)[None, :]
+        return tl.sum(tl.where(later, _dot(upper.to(tl.float32), grad), 0.0), 1)
+    # A token's decay to itself has no exponent: what would only cancel is left out.
+    grad = tl.where(later, grad, 0.0)
+    return tl.cumsum(tl.sum(grad, 1) - tl.sum(grad, 0), 0, reverse=True)
 
 
 @jit()
@@ -54,8 +66,8 @@ def _put(base, stride, rows, row_end, columns, column_end, value):
 
 @jit()
 def _dot(a, b):
-    """A product of matrices with fp32 sums; fp32 factors keep their precision, on tensor cores."""
-    return tl.dot(a, b, input_precision="tf32x3")
+    """A product of matrices with fp32 sums; fp32 factors keep their precision."""
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @jit(do_not_specialize=["tokens", "chunks"])
@@ -100,6 +112,7 @@ def outputs_kernel(
     SPLITS: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     width: tl.constexpr = H * P + 2 * G * N
+    EXACT: tl.constexpr = u.dtype.element_ty == tl.float32
     mine: tl.constexpr = H // G // SPLITS
     c = tl.program_id(0).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -120,7 +133,7 @@ def outputs_kernel(
         state = _tile(states + ((b * chunks + c) * H + h) * N * P, P, n, N, p, P)
         out = _dot(C, state) * tl.exp(run)[:, None]
         x = _tile(u + h * P, width, q, rest, p, P)
-        mixed = scores * _pairs(value, run, Q, u.dtype.element_ty == tl.float32) * step[None, :]
+        mixed = scores * _pairs(value, run, Q, EXACT) * step[None, :]
         out += _dot(mixed.to(x.dtype), x)
         out += x.to(tl.float32) * tl.load(d + h).to(tl.float32)
         _put(y + h * P, H * P, q, rest, p, P, out)
@@ -157,7 +170,7 @@ def grad_states_kernel(
         value = step * a
         up = _tile(grad_y, H * P, q, rest, p, P)
         C = _tile(u, width, q, rest, n, N)
-        scaled = (up.to(tl.float32) * tl.exp(tl.cumsum(value, 0))[:, None]).to(up.dtype)
+        scaled = (up * tl.exp(tl.cumsum(value, 0))[:, None]).to(C.dtype)
         grad = grad * tl.exp(tl.sum(value, 0)) + _dot(tl.trans(C), scaled)
         u -= Q * width
         grad_y -= Q * H * P
@@ -173,6 +186,7 @@ def grads_kernel(
     SPLITS: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     width: tl.constexpr = H * P + 2 * G * N
+    EXACT: tl.constexpr = u.dtype.element_ty == tl.float32
     mine: tl.constexpr = H // G // SPLITS
     c = tl.program_id(0).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -205,38 +219,41 @@ def grads_kernel(
 
         # Out of the state before the chunk: y += exp(a) C state.
         up = _tile(grad_y + h * P, H * P, q, rest, p, P)
-        scaled = up.to(tl.float32) * tl.exp(run)[:, None]
+        scaled = up * tl.exp(run)[:, None]
         grad_run = tl.sum(scaled * _dot(C, state), 1)
-        grad_C += _dot(scaled.to(up.dtype), tl.trans(state))
+        grad_C += _dot(scaled.to(C.dtype), tl.trans(state))
 
         # Into the state after it: state += Σ exp(what is left) dt B xᵀ.
         x = _tile(u + h * P, width, q, rest, p, P)
         into_state = _dot(B, grad_state) * left[:, None]
         grad_B += _dot((x.to(tl.float32) * (left * step)[:, None]).to(x.dtype), tl.trans(grad_state))
         grad_step = tl.sum(into_state * x.to(tl.float32), 1)
-        grad_run -= grad_step * step
-        grad_total += tl.sum(grad_step * step, 0)
-        grad_x = into_state * step[:, None] + up.to(tl.float32) * tl.load(d + h).to(tl.float32)
+        grad_left = grad_step * step
+        grad_x = into_state * step[:, None] + up * tl.load(d + h).to(tl.float32)
 
         # Inside the chunk: y = (scores ∘ decay ∘ dt) x.
-        decay = _pairs(value, run, Q, u.dtype.element_ty == tl.float32)
-        grad_x += _dot(tl.trans((scores * decay * step[None, :]).to(x.dtype)), up)
-        by_decay = _dot(up, tl.trans(x)) * decay
+        decay = _pairs(value, run, Q, EXACT)
+        rounded = up.to(x.dtype)
+        grad_x += _dot(tl.trans((scores * decay * step[None, :]).to(x.dtype)), rounded)
+        by_decay = _dot(rounded, tl.trans(x))
+        if not EXACT:
+            # What rounding took from `up`: the sums over tokens that follow are small, and would be off by it.
+            by_decay += _dot((up - rounded.to(tl.float32)).to(x.dtype), tl.trans(x))
+        by_decay *= decay
         grad_scores += by_decay * step[None, :]
         by_pair = by_decay * scores
-        inner = tl.sum(by_pair, 0)
-        grad_step += inner
-        grad_run += tl.sum(by_pair * step[None, :], 1) - step * inner
+        grad_step += tl.sum(by_pair, 0)
         _put(grad_u + h * P, width, q, rest, p, P, grad_x)
 
-        # a_i is the sum of dt · A up to i, so each of them gets the gradients of all later ones.
-        grad_value = tl.cumsum(grad_run, 0, reverse=True) + grad_total
+        # dt · A of a token is in a_i of all tokens from it on, in what is left after all before it, and in the pairs around it.
+        grad_value = tl.cumsum(grad_run, 0, reverse=True) + (tl.cumsum(grad_left, 0) - grad_left) + grad_total
+        grad_value += _grad_pairs(by_pair * step[None, :], Q, EXACT)
         grad_step += a * grad_value
         grad_raw = tl.where((soft >= LOW) & (soft <= HIGH) & (q < rest), grad_step / (1 + tl.exp(-raw)), 0.0)
         tl.store(grad_dt + q * stride_grad_t + h, grad_raw.to(grad_dt.dtype.element_ty), mask=q < rest)
         tl.store(sums + h, tl.sum(step * grad_value, 0) * a)
         tl.store(sums + H + h, tl.sum(grad_raw, 0))
-        tl.store(sums + 2 * H + h, tl.sum(up.to(tl.float32) * x.to(tl.float32)))
+        tl.store(sums + 2 * H + h, tl.sum(up * x.to(tl.float32)))
 
     grad_C += _dot(grad_scores.to(B.dtype), B)
     grad_B += _dot(tl.trans(grad_scores.to(C.dtype)), C)

@@ -6,6 +6,7 @@ transformers' registry names, called as the family calls it. B sequences of S to
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from ..kind import Kind
-from ..layout.adjacent import Adjacent, joint_linear
+from ..layout.adjacent import Adjacent
 from ..registry import compute
 from ..surgery import Patched, Step, original_class
 from ..trial import Call
+from .attention.function import direct
+from .attention_span import Span, attention_span
+from .linear import PROJECTIONS, project
 from .rope import ROPES, HeadsSpec, reference_heads
 
 #: Where a keyword argument of the attention function comes from. In training only: ``training attribute``, ``training config``, else 0.0.
@@ -155,19 +160,51 @@ class PatchedAttentionBlock(Patched):
         # Where the family's forward does not know a table or a cache by name, it is one more keyword to hand on.
         tables = kwargs.pop("position_embeddings", None) if "position_embeddings" in spec.parameters else None
         cache = kwargs.pop("past_key_values", None) if "past_key_values" in spec.parameters else None
-        q, k, v, gate = self._heads(spec, backend, hidden_states, tables)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
         registry, eager = attention_functions(original_class(self))
         attend = registry.get_interface(self.config._attn_implementation, eager)
         arguments = {argument.name: argument.of(self) for argument in spec.arguments}
+        if cache is None and backend == "triton" and not torch.compiler.is_compiling():
+            y = self._at_once(spec, attend, hidden_states, tables, mask, {**arguments, **kwargs})
+            if y is not None:
+                return y, None
+        q, k, v, gate = self._heads(spec, backend, hidden_states, tables)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         y, attention_weights = attend(self, q, k, v, mask, **arguments, **kwargs)
         y = self._gated(spec, y, gate, hidden_states).reshape(*hidden_states.shape[:-1], -1)
-        return self._modules[spec.output](y), attention_weights
+        output = self._modules[spec.output]
+        plain = backend in PROJECTIONS and type(output) is nn.Linear and _is_bare(output)
+        return project(backend, y, output) if plain else output(y), attention_weights
+
+    def _at_once(self, spec: AttentionBlockSpec, attend, x: Tensor, tables, mask, arguments: Mapping[str, Any]) -> Tensor | None:
+        """The result as one function; None where a part of it is more than it was, or needs more than kernels without autograd."""
+        modules, heads = self._modules, spec.heads if tables is not None else spec.heads.unrotated
+        linears = [modules[name] for name in spec.inputs] + [modules[spec.output]]
+        if spec.gate is not None or heads.gated or torch.is_autocast_enabled(x.device.type) or torch_module._has_any_global_hook():
+            return None
+        if not all(type(linear) is nn.Linear and _is_bare(linear) for linear in linears):
+            return None
+        norms = [modules[name] for name in spec.norms]
+        if not all(_is_bare(norm) and original_class(norm) is spec.norm_class for norm in norms):
+            return None
+        weights = [linear._parameters["weight"] for linear in linears]
+        if any(weight.dtype is not x.dtype for weight in weights):
+            return None
+        cos, sin = (None, None) if heads.rope == "none" else tables
+        if cos is not None and (cos.ndim != 3 or cos.stride(-1) != 1 or sin.stride(-1) != 1 or cos.requires_grad or sin.requires_grad):
+            return None
+        form = x.shape[1], heads.heads, heads.kv_heads, heads.head_dim, heads.value_dim, x.dtype, x.device
+        found = direct(attend, self, form, mask, **arguments)
+        if found is None:
+            return None
+        biases = [linear._parameters["bias"] for linear in linears]
+        factors = [norm._parameters["weight"] for norm in norms] or (None, None)
+        projections = (*weights[:3], *biases[:3]) if spec.bias else tuple(weights[:3])
+        return attention_span(x, (cos, sin), tuple(factors), (weights[3], biases[3]), projections, Span(heads, *found, spec.bias))
 
     def _heads(self, spec: AttentionBlockSpec, backend: str, x: Tensor, tables: tuple[Tensor, Tensor] | None):
         """Queries, keys and values ``[B, heads, S, D]`` and the gate ``[B, S, heads, D]`` or None."""
-        joint, heads = self._projected(spec, x), spec.heads
+        joint, heads = self._projected(spec, backend, x), spec.heads
         if tables is None:  # some models have layers, or a setting, without rotation
             heads = heads.unrotated
         cos, sin = (None, None) if heads.rope == "none" else tables
@@ -178,16 +215,12 @@ class PatchedAttentionBlock(Patched):
             return compute("attention_block", backend)(joint, heads, norms[0].weight, norms[1].weight, cos, sin)
         return reference_heads(joint, heads, *norms, cos, sin)
 
-    def _projected(self, spec: AttentionBlockSpec, x: Tensor) -> Tensor:
+    def _projected(self, spec: AttentionBlockSpec, backend: str, x: Tensor) -> Tensor:
         """``[B, S, N]``: queries, keys, values."""
         layers = [self._modules[name] for name in spec.inputs]
         if not all(type(layer) is nn.Linear and _is_bare(layer) for layer in layers):
             return torch.cat([layer(x) for layer in layers], -1)
-        tensors = [layer.weight for layer in layers] + ([layer.bias for layer in layers] if spec.bias else [])
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, *tensors = (t.to(dtype) for t in (x, *tensors))
-        return joint_linear(x, tensors[:3], tensors[3:] or None)
+        return project(backend, x, *layers)
 
     def _gated(self, spec: AttentionBlockSpec, y: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
         """``[B, S, heads, D]`` times the sigmoid of the gate, if there is one."""
@@ -196,6 +229,7 @@ class PatchedAttentionBlock(Patched):
         return y if gate is None else y * torch.sigmoid(gate)
 
 
+@functools.cache
 def attention_functions(cls: type) -> tuple[Any, Any] | None:
     """transformers' registry of attention functions and the family's eager one, as the forward of a class sees them; None without."""
     names = inspect.unwrap(cls.forward).__globals__

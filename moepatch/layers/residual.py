@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..kind import Kind
 from ..registry import compute
 from ..surgery import Patched
-from .norm import PatchedNorm, own_weight
+from ..trial import Call, inject
+from .norm import NormSpec, NormState, PatchedNorm, own_weight
 
 
 class Source(NamedTuple):
@@ -59,6 +61,7 @@ class ResidualSpec:
         defaults: of those that have one.
         takes_rest: whether the layer takes other keywords.
         branches: in order, one or two.
+        norms: what the norm of each branch computes.
     """
 
     width: int
@@ -66,10 +69,11 @@ class ResidualSpec:
     defaults: tuple[tuple[str, Any], ...]
     takes_rest: bool
     branches: tuple[Branch, ...]
+    norms: tuple[NormSpec, ...]
 
     def resized(self, sizes: Mapping[int, int]) -> ResidualSpec:
         """The same layer at another width."""
-        return replace(self, width=sizes.get(self.width, self.width))
+        return replace(self, width=sizes.get(self.width, self.width), norms=tuple(norm.resized(sizes) for norm in self.norms))
 
     def describe(self) -> str:
         """One line."""
@@ -196,4 +200,58 @@ def _inject(spec, backend, implementation):
     return {"": (PatchedResidual, ResidualState(spec, backend))}
 
 
-RESIDUAL = Kind(name="residual", pattern="residual", backends="residual", injections=_inject, dense=True)
+# --- trial ---------------------------------------------------------------------------------------------------------------------------
+
+
+class _GivenWeight(nn.Module):
+    """A norm or another child that has no parameters but a tensor that it is given before each call: it scales by it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class ResidualSums(nn.Module):
+    """The sums and norms of a layer without its children, which only scale: what backends are compared on.
+
+    Args:
+        spec: of the layer.
+        backend: what computes the sums, and the norms if it has norms too.
+
+    Args of the call:
+        stream ``[B, S, H]``; for each branch the weight of its norm ``[H]`` and the scale ``[H]`` that stands for its child.
+    """
+
+    def __init__(self, spec: ResidualSpec, backend: str):
+        super().__init__()
+        self.norms = spec.norms
+        self.layer = nn.Module()
+        for branch, norm in zip(spec.branches, spec.norms, strict=True):
+            self.layer.add_module(branch.norm, inject(_GivenWeight(), {"": (PatchedNorm, NormState(norm, backend))}))
+            self.layer.add_module(branch.child, _GivenWeight())
+        plain = tuple(replace(branch, args=(Source("normed"),), kwargs=(), rest=False) for branch in spec.branches)
+        inject(self.layer, _inject(replace(spec, parameters=spec.parameters[:1], defaults=(), branches=plain), backend, None))
+
+    def forward(self, stream: Tensor, *weights: Tensor) -> Tensor:
+        """See the class."""
+        for i, (branch, norm) in enumerate(zip(self.layer._moepatch.spec.branches, self.norms, strict=True)):
+            setattr(self.layer._modules[branch.norm], norm.weight, weights[2 * i])
+            self.layer._modules[branch.child].weight = weights[2 * i + 1]
+        return self.layer(stream)
+
+
+def _call(spec: ResidualSpec, dtype, device, generator, tokens: int) -> Call:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, spec.width, generator=generator).to(device=device, dtype=dtype)
+
+    return Call((random(1, tokens), *(random() for _ in range(2 * len(spec.branches)))))
+
+
+RESIDUAL = Kind(
+    name="residual",
+    pattern="residual",
+    backends="residual",
+    injections=_inject,
+    stand_in=ResidualSums,
+    trial=lambda spec, dtype, device, generator: _call(spec, dtype, device, generator, 24),
+    dense=True,
+)

@@ -30,7 +30,7 @@ def match_loss(found: Found, scan: Scan, memo: dict) -> Site | None:
         fqns=found.fqns,
         class_name=type(head).__name__,
         spec=LossSpec(hidden=hidden, vocab=vocab, bias=head.bias is not None),
-        now="logits in memory, then cross_entropy",
+        now="logits in memory",
         dtype=str(head.weight.dtype).removeprefix("torch."),
         device=str(head.weight.device),
     )

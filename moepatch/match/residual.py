@@ -149,6 +149,7 @@ def _read(layer: nn.Module, norms: dict[str, NormSpec]) -> ResidualSpec | None:
             defaults=defaults,
             takes_rest=takes_rest,
             branches=branches,
+            norms=tuple(norms[branch.norm] for branch in branches),
         )
         if _agrees(layer, norms, forms, spec, everything):
             return spec

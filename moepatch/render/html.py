@@ -10,7 +10,7 @@ from . import words
 
 if TYPE_CHECKING:
     from ..inspection import BackendRow, Inspection
-    from ..plan import Pattern
+    from ..plan import Pattern, Plan
     from ..report import Report
     from ..site import Refusal
     from ..verify import Verified
@@ -35,7 +35,7 @@ def html_of_report(report: Report) -> str:
     return _fragment(
         plan.model_class,
         cards,
-        _patterns(plan.patterns, "before", "now"),
+        _patterns(plan, "before", "now"),
         _refusals(plan.refusals),
         _verified(report.verified),
         _bullets("Notes", report.notes),
@@ -54,16 +54,16 @@ def html_of_inspection(inspection: Inspection) -> str:
     cards += [_card("weights", words.sizes(estimate.bytes_by_dtype))]
     cards += [_card("files", words.sizes(inspection.weights.bytes_by_dtype))] if inspection.weights is not None else []
     colour = {0: _GOOD, 2: _FAIR, 3: _BAD}[inspection.exit_code]
-    cards.append(_card("result", words.verdict(inspection.exit_code, inspection.patched, bool(inspection.plan.mixture)), colour))
+    cards.append(_card("result", words.verdict(inspection), colour))
     titles = ("before", "now") if inspection.patched else ("now", "planned")
     return _fragment(
         inspection.model_class,
         cards,
         _experts(inspection),
-        _patterns(inspection.plan.patterns, *titles),
+        _patterns(inspection.plan, *titles),
         _refusals(inspection.plan.refusals),
         _bullets("Warnings", inspection.warnings, _FAIR),
-        _backends(inspection.backends),
+        _backends(words.backends_for(inspection)),
         f'<div style="opacity:.75;margin-top:8px">source: {escape(inspection.source)}</div>',
     )
 
@@ -82,12 +82,17 @@ def _block(title: str, inner: str) -> str:
     return f'<div style="font-weight:600;margin:12px 0 4px">{escape(title)}</div>{inner}'
 
 
-def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table; `rows` are HTML, `heads` are text."""
+def _table(heads: tuple[str, ...], rows: Iterable[Iterable[str] | str]) -> str:
+    """A table; `rows` are HTML, `heads` are text. A row that is a single text spans all columns: the title of the rows after it."""
     top = "".join(f'<th style="{_HEAD}">{escape(head)}</th>' for head in heads)
-    body = "".join("<tr>" + "".join(f'<td style="{_CELL}">{cell}</td>' for cell in row) + "</tr>" for row in rows)
+    title = f'<td colspan="{len(heads)}" style="{_CELL}padding-top:14px;font-weight:600">'
+    body = "".join(f"<tr>{title}{row}</td></tr>" if isinstance(row, str) else f"<tr>{_cells(row)}</tr>" for row in rows)
     style = "border-collapse:collapse;border:0;margin:0;color:inherit"
     return f'<div style="overflow-x:auto"><table style="{style}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cells(row: Iterable[str]) -> str:
+    return "".join(f'<td style="{_CELL}">{cell}</td>' for cell in row)
 
 
 def _text(text: str, colour: str) -> str:
@@ -117,20 +122,23 @@ def _experts(inspection: Inspection) -> str:
     return _block("Experts", _table(("modules", "layout", "sizes", "parameters"), rows))
 
 
-def _patterns(patterns: tuple[Pattern, ...], before: str, after: str) -> str:
-    if not patterns:
+def _patterns(plan: Plan, before: str, after: str) -> str:
+    """One table, so that the columns of both halves are in line."""
+    halves = words.parts(plan)
+    if not halves:
         return ""
-    rows = [
-        (
-            f"{escape(pattern.name)}<br>{_names(pattern.fqns)}",
-            str(len(pattern.sites)),
-            escape(pattern.site.now),
-            _text(words.planned(pattern), _GOOD if pattern.backend else _FAIR),
-            escape(pattern.why),
-        )
-        for pattern in patterns
-    ]
+    rows = [row for title, patterns in halves for row in (escape(title.capitalize()), *map(_pattern, patterns))]
     return _block("Patterns", _table(("pattern", "count", before, after, "why, or why not"), rows))
+
+
+def _pattern(pattern: Pattern) -> tuple[str, ...]:
+    return (
+        f"{escape(pattern.name)}<br>{_names(pattern.fqns)}",
+        str(len(pattern.sites)),
+        escape(pattern.site.now),
+        _text(words.planned(pattern), _GOOD if pattern.backend else _FAIR),
+        escape(words.why(pattern)),
+    )
 
 
 def _refusals(refusals: tuple[Refusal, ...]) -> str:

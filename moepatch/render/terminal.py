@@ -58,7 +58,7 @@ def print_view(view: RenderableType, stream: TextIO | None = None) -> None:
 
 def view_of_plan(plan: Plan) -> Group:
     """What `text_of_plan` prints."""
-    return Group(Text(plan.model_class, "bold"), *_blocks(_patterns(plan.patterns, "now", "planned"), _refusals(plan.refusals)))
+    return Group(Text(plan.model_class, "bold"), *_blocks(_patterns(plan, "now", "planned"), _refusals(plan.refusals)))
 
 
 def view_of_report(report: Report) -> Group:
@@ -68,7 +68,7 @@ def view_of_report(report: Report) -> Group:
     return Group(
         head,
         *_blocks(
-            _patterns(report.plan.patterns, "before", "now"),
+            _patterns(report.plan, "before", "now"),
             _refusals(report.plan.refusals),
             _verified(report.verified),
             _bullets("notes", report.notes),
@@ -87,13 +87,13 @@ def view_of_inspection(inspection: Inspection) -> Group:
     titles = ("before", "now") if inspection.patched else ("now", "planned")
     style = {0: "green", 2: "yellow", 3: "red"}[inspection.exit_code]
     end = [_fact("files", words.sizes(inspection.weights.bytes_by_dtype))] if inspection.weights is not None else []
-    end += [_fact("source", inspection.source), _fact("result", words.verdict(inspection.exit_code, inspection.patched, bool(inspection.plan.mixture)), style)]
+    end += [_fact("source", inspection.source), _fact("result", words.verdict(inspection), style)]
     return Group(
         *lines,
         *_blocks(
-            _patterns(inspection.plan.patterns, *titles),
+            _patterns(inspection.plan, *titles),
             _refusals(inspection.plan.refusals),
-            _backends(inspection.backends),
+            _backends(words.backends_for(inspection)),
             _bullets("warnings", inspection.warnings, "yellow"),
             end,
         ),
@@ -128,20 +128,26 @@ def _table(*columns: Column) -> Table:
     return Table(*columns, box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold underline")
 
 
-def _patterns(patterns: tuple[Pattern, ...], before: str, after: str) -> list[RenderableType]:
-    if not patterns:
+def _patterns(plan: Plan, before: str, after: str) -> list[RenderableType]:
+    """One table, so that the columns of both halves are in line, and where the modules are."""
+    halves = words.parts(plan)
+    if not halves:
         return []
     table = _table(
-        Column("pattern", overflow="fold"),
+        Column(halves[0][0], overflow="fold"),
         Column("count", justify="right", no_wrap=True),
-        Column(before, overflow="fold", min_width=11),
+        Column(before, overflow="fold", min_width=11, max_width=18),
         Column(after, overflow="fold", min_width=10),
         Column("why, or why not", overflow="fold", min_width=15),
     )
-    for pattern in patterns:
-        after_style = "green" if pattern.backend else "yellow"
-        table.add_row(pattern.name, str(len(pattern.sites)), pattern.site.now, Text(words.planned(pattern), after_style), pattern.why)
-    return [table, "", *_modules(patterns)]
+    for title, patterns in halves:
+        if table.row_count:
+            table.add_row()
+            table.add_row(Text(title, "bold underline"))
+        for pattern in patterns:
+            after_text = Text(words.planned(pattern), "green" if pattern.backend else "yellow")
+            table.add_row(pattern.name, str(len(pattern.sites)), pattern.site.now, after_text, words.why(pattern))
+    return [table, "", *_modules(plan.patterns)]
 
 
 def _modules(patterns: tuple[Pattern, ...]) -> list[RenderableType]:
@@ -170,22 +176,25 @@ def _refusals(refusals: tuple[Refusal, ...]) -> list[RenderableType]:
 def _verified(verified: tuple[Verified, ...]) -> list[RenderableType]:
     if not verified:
         return []
-    table = _table(
+    columns = [
         Column("verified", overflow="fold"),
         Column("backend", overflow="fold"),
         Column("worst", overflow="fold"),
         Column("error", justify="right", no_wrap=True),
-        Column("family's", justify="right", no_wrap=True),
         Column("limit", justify="right", no_wrap=True),
         Column("", no_wrap=True),
-    )
+    ]
+    # In fp32 the family's own code is the truth, which leaves nothing to say of its error.
+    theirs = any(v.worst is not None and v.worst.theirs is not None for v in verified)
+    columns[4:4] = [Column("family's", justify="right", no_wrap=True)] if theirs else []
+    table = _table(*columns)
     for v in verified:
         if v.worst is None:
-            table.add_row(v.pattern, v.backend, Text("not run", "yellow"), "", "", "", "")
+            table.add_row(v.pattern, v.backend, Text("not run", "yellow"))
             continue
+        numbers = (v.worst.ours, v.worst.theirs, v.worst.limit) if theirs else (v.worst.ours, v.worst.limit)
         mark = Text("ok", "green") if v.ok else Text("✗", "bold red")
-        what = f"{v.worst.what} (of {len(v.differences)})"
-        table.add_row(v.pattern, v.backend, what, words.error(v.worst.ours), words.error(v.worst.theirs), words.error(v.worst.limit), mark)
+        table.add_row(v.pattern, v.backend, f"{v.worst.what} (of {len(v.differences)})", *map(words.error, numbers), mark)
     return [table]
 
 

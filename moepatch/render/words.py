@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import TYPE_CHECKING
+
+from ..kinds import KINDS
 
 if TYPE_CHECKING:
     from ..estimate import Estimate, ExpertGroup
-    from ..inspection import Inspection
-    from ..plan import Pattern
+    from ..inspection import BackendRow, Inspection
+    from ..plan import Choice, Pattern, Plan
     from ..report import Report
     from ..site import Refusal
 
 #: Runs of layer numbers beyond this many are cut in the middle.
 _MOST_RUNS = 8
+#: Reasons that differ from backend to backend in how they are put. What exactly is missing is said in the table of backends and in JSON.
+_SAME = ((re.compile("not installed"), "not installed"), (re.compile(r"(CUDA|NVIDIA)( GPUs?)?(, this is \w+)?$"), "needs a GPU"))
 
 
 def collapse(fqns: Iterable[str]) -> list[str]:
@@ -133,19 +139,51 @@ def planned(pattern: Pattern) -> str:
     return pattern.backend or "left alone"
 
 
+def parts(plan: Plan) -> list[tuple[str, tuple[Pattern, ...]]]:
+    """The halves of a model that the plan has patterns of, with their titles."""
+    dense = tuple(p for p in plan.patterns if KINDS[p.site.kind].dense)
+    return [(title, patterns) for title, patterns in (("mixture of experts", plan.mixture), ("dense half", dense)) if patterns]
+
+
+def why(pattern: Pattern) -> str:
+    """The reason for the choice, with the backends that were passed over for the same reason named together."""
+    passed = list(takewhile(lambda choice: choice.why_not is not None, pattern.choices))
+    listed = "; ".join(f"{choice.backend}: {choice.why_not}" for choice in passed)
+    return pattern.why.replace(listed, _together(passed)) if passed else pattern.why
+
+
+def _together(passed: list[Choice]) -> str:
+    """``needs a GPU: cudnn; not installed: te, fa4``."""
+    names: dict[str, list[str]] = {}
+    for choice in passed:
+        reason = next((short for wording, short in _SAME if wording.search(choice.why_not)), choice.why_not)
+        names.setdefault(reason, []).append(choice.backend)
+    return "; ".join(f"{reason}: {', '.join(backends)}" for reason, backends in names.items())
+
+
+def backends_for(inspection: Inspection) -> tuple[BackendRow, ...]:
+    """The rows of the tables that this model has something for; all of them if it has nothing."""
+    tables = {KINDS[p.site.kind].backends for p in inspection.plan.patterns} | ({"dispatch"} if inspection.plan.mixture else set())
+    return tuple(row for row in inspection.backends if row.table in tables or not inspection.plan.patterns)
+
+
 def patched_words(report: Report) -> str:
     """How much of the model was patched."""
     return f"{report.patched} module{'' if report.patched == 1 else 's'} patched"
 
 
-def verdict(exit_code: int, patched: bool, has_experts: bool = True) -> str:
+def verdict(inspection: Inspection) -> str:
     """What an inspection comes to."""
-    verb = "is" if patched else "can be"
-    return {
-        0: f"every mixture of experts {verb} patched" if has_experts else f"no mixture of experts in it; the rest {verb} patched",
-        2: f"some of it {verb} patched, some is left alone",
-        3: "nothing here that moepatch can patch",
-    }[exit_code]
+    plan, verb = inspection.plan, "is patched" if inspection.patched else "can be patched"
+    dense = any(p.backend for p in plan.patterns if KINDS[p.site.kind].dense)
+    if inspection.exit_code == 3:
+        return "nothing here that moepatch can patch"
+    if inspection.exit_code == 2:
+        some = any(p.backend for p in plan.mixture)
+        return f"some of it {verb}, some is left alone" if some else f"the dense half {verb}, the mixture of experts is left alone"
+    if not plan.mixture:
+        return f"the dense half {verb}; there is no mixture of experts in it"
+    return f"every mixture of experts {verb}" + (", and so is the dense half" if dense and inspection.patched else ", and the dense half" if dense else "")
 
 
 def error(value: float | None) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .exact import dense_mask, plain_attention, sdpa_attention, with_borders
-from .kernel import How, Kernel, first_that_serves
+from .kernel import How, Kernel, Raw, first_that_serves
 from .masks import Mask
 from .packing import Packing
 from .spec import CAUSAL, FULL, AttentionSpec
@@ -26,6 +26,9 @@ CHAINS: dict[str, tuple[str, ...]] = {
     "te": ("te", "cudnn", "flash"),
     "fa4": ("fa4", "cudnn", "flash"),
 }
+
+#: What chooses the kernel, of every function that was made.
+_CHOOSERS: dict[Callable, Callable[..., Kernel | None]] = {}
 
 
 @functools.cache
@@ -46,7 +49,26 @@ def attention_function(backend: str, chain: Callable[[], Sequence[Kernel]] | Non
         backend: a key of `CHAINS`.
         chain: gives the kernels instead of that backend's own, for tests.
     """
-    choose = _chooser(chain or functools.partial(kernels, backend))
+    # Made beforehand: a tracer that comes by here can make no caches.
+    return _FUNCTIONS[backend] if chain is None else _made(backend, chain)
+
+
+#: Whether torch.compile can look at what a cache returns. Where it cannot, kernels are called outside its graphs: a break per attention.
+TRACEABLE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+
+
+def _made(backend: str, chain: Callable[[], Sequence[Kernel]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    choose = _chooser(chain)
+
+    def by_kernel(query: Tensor, key: Tensor, value: Tensor, how: How, packed: bool, packing: Packing | None) -> Tensor | None:
+        """The result ``[B, S, H, Dv]`` of the first kernel that serves, or None."""
+        dims = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+        kernel = choose(*dims, how.window, how.sinks is not None, how.softcap, packed, query.dtype, query.device)
+        if kernel is None or not query.dtype == key.dtype == value.dtype:
+            return None
+        return _run_packed(kernel, query, key, value, how, packing) if packed else kernel.run(query, key, value, how).contiguous()
+
+    by_kernel = by_kernel if TRACEABLE else torch.compiler.disable(by_kernel)
 
     def attention(
         module: nn.Module,
@@ -74,13 +96,9 @@ def attention_function(backend: str, chain: Callable[[], Sequence[Kernel]] | Non
             query, key, value = _autocast(query, key, value)
             window = attention_mask.window if attention_mask is not None else CAUSAL if causal else FULL
             packed = borders is not None or (attention_mask is not None and attention_mask.packed)
-            dims = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
-            kernel = choose(*dims, window, s_aux is not None, softcap, packed, query.dtype, query.device)
-            if kernel is not None and query.dtype == key.dtype == value.dtype:
-                how = How(scale, window, s_aux, softcap)
-                if not packed:
-                    return kernel.run(query, key, value, how).contiguous(), None
-                return _run_packed(kernel, query, key, value, how, borders or attention_mask.packing), None
+            out = by_kernel(query, key, value, How(scale, window, s_aux, softcap), packed, (borders or attention_mask.packing) if packed else None)
+            if out is not None:
+                return out, None
         mask, causal = dense_mask(attention_mask, query, key, causal)
         if borders is not None:
             mask, causal = with_borders(mask, borders.cu_seqlens, query.shape[2], causal), False
@@ -91,7 +109,47 @@ def attention_function(backend: str, chain: Callable[[], Sequence[Kernel]] | Non
         return sdpa_attention(query, key, value, mask, scale=scale, causal=causal, dropout=dropout), None
 
     attention.__name__ = attention.__qualname__ = f"moepatch_{backend}"
+    _CHOOSERS[attention] = choose
     return attention
+
+
+def direct(
+    attend: Callable,
+    module: nn.Module,
+    form: tuple,
+    mask: Mask | Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **unused,
+) -> tuple[Raw, How] | None:
+    """The kernel under a function of ours and how it has to be called, for who calls it without autograd; None where that is not enough.
+
+    Args:
+        attend: what transformers' interface names.
+        form: S, heads, key heads, head dim, value dim, dtype and device.
+        mask, rest: as the function would get them.
+    """
+    choose = _CHOOSERS.get(attend)
+    if choose is None or dropout or position_bias is not None or cu_seq_lens_q is not None or isinstance(mask, Tensor):
+        return None
+    length, heads, kv_heads, dim, value_dim, dtype, device = form
+    if length < 2 or dim != value_dim or (mask is not None and mask.packed):
+        return None
+    if _wants_weights(module) if output_attentions is None else output_attentions:
+        return None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = mask.window if mask is not None else CAUSAL if causal else FULL
+    kernel = choose(heads, kv_heads, dim, value_dim, window, s_aux is not None, softcap, False, dtype, device)
+    if kernel is None or kernel.raw is None:
+        return None
+    return kernel.raw, How(dim**-0.5 if scaling is None else scaling, window, s_aux, softcap)
 
 
 def _chooser(chain: Callable[[], Sequence[Kernel]]) -> Callable[..., Kernel | None]:
@@ -150,3 +208,6 @@ def _run_packed(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, how: 
     how = how._replace(cu_seqlens=packing.cu_seqlens, max_len=packing.max_len)
     out_THD = kernel.run(packing.pack(query), packing.pack(key), packing.pack(value), how)
     return packing.unpack(out_THD.contiguous(), query.shape[0], query.shape[2])
+
+
+_FUNCTIONS = {backend: _made(backend, functools.partial(kernels, backend)) for backend in CHAINS}

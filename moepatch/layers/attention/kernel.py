@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,28 @@ class How(NamedTuple):
     max_len: int = 0
 
 
+class Raw(Protocol):
+    """A kernel's two passes, without autograd.
+
+    Attributes:
+        tokens_first: whether tensors are ``[B, S, H, D]``, else ``[B, H, S, D]``.
+    """
+
+    tokens_first: bool
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """The result, the log-sum-exp and what else the backward pass needs."""
+
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: tuple, how: How) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v."""
+
+    def by_head(self, out: Tensor) -> Tensor:
+        """A view ``[B, H, S, D]`` of a result, whatever the kernel's layout."""
+
+    def lse_by_head(self, lse: Tensor) -> Tensor:
+        """A view ``[B, H, S]`` of a log-sum-exp."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One library's attention.
@@ -41,11 +63,13 @@ class Kernel:
         why_not: from (spec, dtype, device) to None if it serves there, else the reason; spec None asks about the machine alone.
         run: from q ``[B, H, S, D]``, k and v ``[B, G, S, D]`` to ``[B, S, H, Dv]``, or with ``how.cu_seqlens`` from ``[T, heads, dim]`` to
             ``[T, H, Dv]``. Differentiable.
+        raw: the same without autograd where the library has it so, for whole sequences and values as wide as keys.
     """
 
     name: str
     why_not: Callable[[AttentionSpec | None, torch.dtype, torch.device], str | None]
     run: Callable[[Tensor, Tensor, Tensor, How], Tensor]
+    raw: Raw | None = None
 
 
 def first_that_serves(kernels: Sequence[Kernel], spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> Kernel | None:

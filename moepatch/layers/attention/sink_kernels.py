@@ -6,10 +6,12 @@ the two log-sum-exps ``[B, H, S]`` have the same strides.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ...kernels.launch import launch
+from ...kernels.launch import Prepared
 
 try:  # The references need no Triton.
     import triton
@@ -30,49 +32,25 @@ def sink_gradient(grad_BHSD: Tensor, out_BHSD: Tensor, lse_BHS: Tensor, sinks_H:
     return (gradient_on_device if out_BHSD.is_cuda else _gradient_reference)(grad_BHSD, out_BHSD, lse_BHS, sinks_H)
 
 
+@functools.cache
+def _prepared(backward: bool, dim: int) -> Prepared:
+    return Prepared(_gradient_kernel if backward else _rescale_kernel, D=dim, DIM=triton.next_power_of_2(dim), ROWS=_ROWS, num_warps=4)
+
+
 def rescale_on_device(out_BHSD: Tensor, lse_BHS: Tensor, sinks_H: Tensor, with_sink_BHS: Tensor) -> None:
     """`rescale_` in Triton."""
     batch, heads, length, dim = out_BHSD.shape
-    grid = (triton.cdiv(length, _ROWS), heads, batch)
-    launch(
-        _rescale_kernel,
-        grid,
-        out_BHSD,
-        lse_BHS,
-        sinks_H,
-        with_sink_BHS,
-        length,
-        *out_BHSD.stride()[:3],
-        *lse_BHS.stride(),
-        D=dim,
-        DIM=triton.next_power_of_2(dim),
-        ROWS=_ROWS,
-        num_warps=4,
-    )
+    grid = -(-length // _ROWS), heads, batch
+    _prepared(False, dim)(grid, out_BHSD, lse_BHS, sinks_H, with_sink_BHS, length, *out_BHSD.stride()[:3], *lse_BHS.stride())
 
 
 def gradient_on_device(grad_BHSD: Tensor, out_BHSD: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> Tensor:
     """`sink_gradient` in Triton."""
     batch, heads, length, dim = out_BHSD.shape
-    blocks = triton.cdiv(length, _ROWS)
+    blocks = -(-length // _ROWS)
     parts_HN = torch.empty(heads, batch * blocks, device=out_BHSD.device, dtype=torch.float32)
-    launch(
-        _gradient_kernel,
-        (blocks, heads, batch),
-        grad_BHSD,
-        out_BHSD,
-        lse_BHS,
-        sinks_H,
-        parts_HN,
-        length,
-        *grad_BHSD.stride()[:3],
-        *out_BHSD.stride()[:3],
-        *lse_BHS.stride(),
-        D=dim,
-        DIM=triton.next_power_of_2(dim),
-        ROWS=_ROWS,
-        num_warps=4,
-    )
+    strides = *grad_BHSD.stride()[:3], *out_BHSD.stride()[:3], *lse_BHS.stride()
+    _prepared(True, dim)((blocks, heads, batch), grad_BHSD, out_BHSD, lse_BHS, sinks_H, parts_HN, length, *strides)
     return parts_HN.sum(1).to(sinks_H.dtype)
 
 

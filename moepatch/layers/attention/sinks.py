@@ -7,39 +7,38 @@ A sink is one more logit in the softmax whose weight is dropped. With ``lse' = l
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernel import How
+from .kernel import How, Raw
 from .sink_kernels import rescale_, sink_gradient
 
 
-class Raw(Protocol):
-    """A kernel's two passes, without autograd."""
+def attend(raw: Raw, q: Tensor, k: Tensor, v: Tensor, how: How) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """The kernel's forward pass, with ``how.sinks`` if there are any; the log-sum-exp includes them."""
+    out, lse, rest = raw.forward(q, k, v, how)
+    if how.sinks is None:
+        return out, lse, rest
+    with_sink = torch.empty_like(lse)
+    rescale_(raw.by_head(out), raw.lse_by_head(lse), how.sinks, raw.lse_by_head(with_sink))
+    return out, with_sink, rest
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """The result, the log-sum-exp and what else the backward pass needs."""
 
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: tuple, how: How) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v."""
-
-    def by_head(self, out: Tensor) -> Tensor:
-        """A view ``[B, H, S, D]`` of a result, whatever the kernel's layout."""
-
-    def lse_by_head(self, lse: Tensor) -> Tensor:
-        """A view ``[B, H, S]`` of a log-sum-exp."""
+def attend_backward(
+    raw: Raw, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: tuple, how: How, wants_sinks: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of q, k, v and, if asked for, of ``how.sinks``; from what `attend` returned."""
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad_sinks = sink_gradient(raw.by_head(grad), raw.by_head(out), raw.lse_by_head(lse), how.sinks) if wants_sinks else None
+    return *raw.backward(grad, q, k, v, out, lse, rest, how), grad_sinks
 
 
 class _SinkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, raw: Raw, how: How) -> Tensor:
-        out, lse, rest = raw.forward(q, k, v, how)
-        with_sink = torch.empty_like(lse)
-        rescale_(raw.by_head(out), raw.lse_by_head(lse), sinks_H, raw.lse_by_head(with_sink))
-        ctx.save_for_backward(q, k, v, out, with_sink, sinks_H, how.cu_seqlens, *rest)
+        out, lse, rest = attend(raw, q, k, v, how)
+        ctx.save_for_backward(q, k, v, out, lse, sinks_H, how.cu_seqlens, *rest)
         # Tensors stay with autograd, which knows when to let go of them.
         ctx.raw, ctx.how = raw, how._replace(sinks=None, cu_seqlens=None)
         return out
@@ -48,12 +47,8 @@ class _SinkAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v, out, lse, sinks_H, cu_seqlens, *rest = ctx.saved_tensors
-        raw, how = ctx.raw, ctx.how._replace(cu_seqlens=cu_seqlens)
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        grad_sinks = None
-        if ctx.needs_input_grad[3]:
-            grad_sinks = sink_gradient(raw.by_head(grad), raw.by_head(out), raw.lse_by_head(lse), sinks_H)
-        return *raw.backward(grad, q, k, v, out, lse, tuple(rest), how), grad_sinks, None, None
+        how = ctx.how._replace(sinks=sinks_H, cu_seqlens=cu_seqlens)
+        return *attend_backward(ctx.raw, grad, q, k, v, out, lse, tuple(rest), how, ctx.needs_input_grad[3]), None, None
 
 
 def with_sinks(raw: Raw, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:

@@ -30,7 +30,8 @@ def run_te(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     """See `Kernel.run`."""
     packed = how.cu_seqlens is not None
     if not packed:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        # It takes the order of axes for the order in memory, which rotary embeddings leave as they like.
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
     heads, kv_heads, dim = q.shape[-2], k.shape[-2], v.shape[-1]
     module = _attention(heads, kv_heads, q.shape[-1], dim, how.scale, how.sinks is not None)
     if how.sinks is not None:

@@ -23,6 +23,8 @@ _aten = torch.ops.aten
 class _Cudnn:
     """cuDNN on ``[B, H, S, D]``; it keeps the memory layout of the queries."""
 
+    tokens_first = False
+
     def forward(self, q, k, v, how):
         out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, how.window[1] == 0, scale=how.scale)
         return out, lse, (seed, offset)
@@ -42,6 +44,8 @@ class _Cudnn:
 
 class _Flash:
     """FlashAttention on ``[B, S, H, D]``, or packed on ``[T, H, D]``."""
+
+    tokens_first = True
 
     def forward(self, q, k, v, how):
         out, lse, *rest = _flash(q, k, v, how)
@@ -120,8 +124,8 @@ def why_not_flash(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.
     return wrong_dims(spec, 256)
 
 
-CUDNN = Kernel("cuDNN", why_not_cudnn, run_cudnn)
-FLASH = Kernel("torch FlashAttention", why_not_flash, run_flash)
+CUDNN = Kernel("cuDNN", why_not_cudnn, run_cudnn, _CUDNN)
+FLASH = Kernel("torch FlashAttention", why_not_flash, run_flash, _FLASH)
 
 
 @functools.cache

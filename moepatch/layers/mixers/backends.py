@@ -18,6 +18,8 @@ def _why_not_triton(spec, dtype, device):
 
 
 def _why_not_triton_ssd(spec, dtype, device):
+    if dtype == torch.float32:
+        return "its products are of bf16 or fp16 factors; torch serves fp32"
     # A head's state and a chunk of it are held by one program.
     if spec is not None and (spec.state > 256 or spec.head_dim > 128):
         return f"holds states up to 256×128, this is {spec.state}×{spec.head_dim}"
@@ -52,20 +54,13 @@ def _reference_delta():
     return reference_delta
 
 
-@register_backend("delta", "torch", rank=40, serves="chunks of matrix products in the model's precision, plain torch")
-def _torch_delta():
-    from ...kernels.conv import reference_conv
-    from .delta import delta_with, torch_delta_scan
-
-    return delta_with(reference_conv, torch_delta_scan)
-
-
-@register_backend("delta", "triton", rank=50, serves="convolution in one kernel each way, the recurrence as torch does it", why_not=_why_not_triton)
+@register_backend("delta", "triton", rank=50, serves="convolution in one kernel each way, the recurrence in torch", why_not=_why_not_triton)
 def _triton_delta():
     from ...kernels.conv import causal_conv
-    from .delta import delta_with, torch_delta_scan
+    from .delta import delta_with
+    from .delta_scan import reference_delta_scan
 
-    return delta_with(causal_conv, torch_delta_scan)
+    return delta_with(causal_conv, reference_delta_scan)
 
 
 def _why_not_fla(spec, dtype, device):

@@ -12,7 +12,7 @@ from ...trial import Call
 
 #: Arguments that keep packed sequences apart. What a family does with them depends on the libraries that are installed: left to it.
 _PACKED = ("seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
-_TRIAL_TOKENS = 12
+_TRIAL_TOKENS, _FEW_TOKENS = 12, 7
 
 
 def whole_sequences(mixer: nn.Module, conv: nn.Module, cache: Any, extra: Mapping[str, Any]) -> bool:
@@ -39,6 +39,12 @@ def masked(x_BTH: Tensor, mask_BT: Tensor | None) -> Tensor:
 def trial_call(spec, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
     """Two short sequences of hidden states, as `Kind.trial` wants them."""
     return bench_call(spec, dtype, device, generator, 2 * _TRIAL_TOKENS, sequences=2)
+
+
+def short_trial_call(spec, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
+    """The same with fewer tokens, for a recurrence whose gradients the families compute from differences of running sums: those lose bits
+    with every token, and of twelve the last ones no longer agree to 1e-5."""
+    return bench_call(spec, dtype, device, generator, 2 * _FEW_TOKENS, sequences=2)
 
 
 def bench_call(spec, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int, sequences: int = 1) -> Call:

@@ -18,7 +18,7 @@ from ...kernels.conv import reference_conv
 from ...kind import Kind
 from ...registry import compute
 from ...surgery import Patched
-from .calls import bench_call, masked, trial_call, whole_sequences
+from .calls import bench_call, masked, short_trial_call, whole_sequences
 from .delta_scan import reference_delta_scan
 
 #: The input projections by layout. ``grouped``: queries, keys, values and gate of one key head side by side, then those of the next, and
@@ -169,13 +169,8 @@ def reference_delta(
     return delta_with(reference_conv, reference_delta_scan)(mixed_BTC, weights, g_BTH, beta_BTH, spec, with_state)
 
 
-def torch_delta_scan(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, g_BTH: Tensor, beta_BTH: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference_delta_scan` with matrix products in the precision of the input."""
-    return reference_delta_scan(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, factors=q_BTGK.dtype)
-
-
 def _inject(spec, backend, implementation):
     return {"": (PatchedDelta, DeltaState(spec, backend))}
 
 
-DELTA_MIXER = Kind(name="delta_mixer", pattern="delta", backends="delta", injections=_inject, trial=trial_call, bench=bench_call, dense=True)
+DELTA_MIXER = Kind(name="delta_mixer", pattern="delta", backends="delta", injections=_inject, trial=short_trial_call, bench=bench_call, dense=True)

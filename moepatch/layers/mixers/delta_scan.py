@@ -17,7 +17,7 @@ NORM_EPS = 1e-6
 
 
 def reference_delta_scan(
-    q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, g_BTH: Tensor, beta_BTH: Tensor, *, chunk: int = 64, factors: torch.dtype | None = None
+    q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, g_BTH: Tensor, beta_BTH: Tensor, *, chunk: int = 64
 ) -> tuple[Tensor, Tensor]:
     """``S ← exp(g) S;  S ← S + k βᵀ(v - Sᵀk);  o = Sᵀ q / √K``, with keys and queries of unit length.
 
@@ -27,14 +27,12 @@ def reference_delta_scan(
         g_BTH: log decay, at most 0.
         beta_BTH: how much of the correction is made.
         chunk: Q.
-        factors: the dtype of the factors of matrix products; None: fp32. Systems are solved in fp32 or wider.
 
     Returns:
         o ``[B, T, H, V]`` in the dtype of `q`, the last state ``[B, H, K, V]`` in fp32 or wider.
     """
     tokens, heads = v_BTHV.shape[1:3]
     wide = torch.promote_types(q_BTGK.dtype, torch.float32)
-    factors = factors or wide
     chunk = min(chunk, tokens)
     chunks, rest = -(-tokens // chunk), -tokens % chunk
 
@@ -50,10 +48,7 @@ def reference_delta_scan(
     pairs = segment_sums(g).exp()
     left = pairs[..., -1, :, None]
 
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return (a.to(factors) @ b.to(factors)).to(wide)
-
-    system = product(k * beta, k.transpose(-1, -2)) * pairs
+    system = (k * beta @ k.transpose(-1, -2)) * pairs
     solved = torch.linalg.solve_triangular(system, torch.cat([v * beta, k * (beta * run)], -1), upper=False, unitriangular=True)
     values, reads = solved.split([v.shape[-1], k.shape[-1]], -1)
 
@@ -61,9 +56,9 @@ def reference_delta_scan(
     state, before, written = torch.zeros_like(into[:, :, 0] @ values[:, :, 0]), [], []
     for i in range(chunks):
         before.append(state)
-        written.append(values[:, :, i] - product(reads[:, :, i], state))
-        state = state * run[:, :, i, -1:] + product(into[:, :, i], written[-1])
-    o = product(q * run, torch.stack(before, 2)) + product(product(q, k.transpose(-1, -2)) * pairs, torch.stack(written, 2))
+        written.append(values[:, :, i] - (reads[:, :, i] @ state))
+        state = state * run[:, :, i, -1:] + (into[:, :, i] @ written[-1])
+    o = (q * run @ torch.stack(before, 2)) + ((q @ k.transpose(-1, -2)) * pairs) @ torch.stack(written, 2)
     return o.movedim(1, 3).flatten(1, 2)[:, :tokens].to(q_BTGK.dtype), state
 
 

@@ -18,7 +18,7 @@ class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, zxbcdt, conv, conv_bias, a_log, dt_bias, skip, spec, mask_BT):
         inner, end = spec.inner, spec.inner + spec.channels
-        shape = Shape(zxbcdt.shape[0], zxbcdt.shape[1], spec.heads, spec.head_dim, spec.groups, spec.state, spec.limits)
+        shape = Shape(zxbcdt.shape[0], zxbcdt.shape[1], spec.heads, spec.head_dim, spec.groups, spec.state, spec.limits, zxbcdt.dtype == torch.float32)
         u_BTC = conv_forward(zxbcdt[..., inner:end], conv, conv_bias, mask_BT)
         dt_BTH = zxbcdt[..., end:]
         states, last = scan_states(u_BTC, dt_BTH, a_log, dt_bias, shape)
@@ -37,7 +37,7 @@ class _SSD(torch.autograd.Function):
             grad[..., :inner].zero_()
         else:
             grad[..., :inner].copy_(grad_gate)
-        grad_y = u_BTC.new_zeros((*u_BTC.shape[:2], inner)) if grad_y is None else grad_y.contiguous()
+        grad_y = torch.zeros((*u_BTC.shape[:2], inner), device=u_BTC.device) if grad_y is None else grad_y.contiguous()
         grad_last = None if grad_last is None else grad_last.contiguous()
         grad_u, sums = scan_backward(grad_y, grad_last, u_BTC, zxbcdt[..., end:], a_log, dt_bias, skip, grad[..., end:], ctx.shape)
         into = grad[..., inner:end]
@@ -47,7 +47,7 @@ class _SSD(torch.autograd.Function):
 
 
 def triton_ssd(zxbcdt: Tensor, weights: SSDWeights, spec: SSDSpec, mask_BT: Tensor | None, with_state: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `moepatch.layers.mixers.ssd.reference_ssd` computes; y comes in the dtype of the input."""
+    """What `moepatch.layers.mixers.ssd.reference_ssd` computes; y is fp32, as in the families."""
     mask_BT = None if mask_BT is None else mask_BT.to(zxbcdt.dtype).contiguous()
     gate, y, last = _SSD.apply(zxbcdt.contiguous(), *weights, spec, mask_BT)
     return gate, y, last if with_state else None

@@ -1,0 +1,156 @@
+"""Weights beside each other: exactly undone, invisible to checkpoints, and one GEMM whose gradients are those of several."""
+
+from __future__ import annotations
+
+import compare
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from moepatch.layout.adjacent import Adjacent, adjacent, joined, joint_linear
+
+ROWS, K = (6, 2, 3), 5
+
+
+class Three(nn.Module):
+    def __init__(self, bias=False):
+        super().__init__()
+        for name, rows in zip("qkv", ROWS, strict=True):
+            self.add_module(name, nn.Linear(K, rows, bias))
+
+    def forward(self, x):
+        return joint_linear(x, self.leaves("weight"), self.leaves("bias") if self.q.bias is not None else None)
+
+    def leaves(self, leaf):
+        return [getattr(self._modules[name], leaf) for name in "qkv"]
+
+
+def names(leaf="weight"):
+    return tuple(f"{name}.{leaf}" for name in "qkv")
+
+
+def made(bias=False):
+    torch.manual_seed(0)
+    module = Three(bias)
+    for leaf in ("weight", "bias") if bias else ("weight",):
+        Adjacent(module, names(leaf)).do()
+    return module
+
+
+def test_done_and_undone_exactly():
+    module = Three()
+    before, parameters = {k: v.clone() for k, v in module.state_dict().items()}, list(module.parameters())
+    assert adjacent(*module.leaves("weight")) is None
+    step = Adjacent(module, names())
+    step.do()
+    whole = adjacent(*module.leaves("weight"))
+    assert torch.equal(whole, torch.cat(module.leaves("weight"))) and whole.data_ptr() == module.q.weight.data_ptr()
+    assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
+    step.undo()
+    assert adjacent(*module.leaves("weight")) is None
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+    assert len({p.untyped_storage().data_ptr() for p in parameters}) == 3 and all(p.untyped_storage().nbytes() == p.nbytes for p in parameters)
+
+
+def test_nothing_happens_where_weights_differ_or_hold_nothing():
+    mixed, meta = Three(), Three().to("meta")
+    mixed.k.to(torch.bfloat16)
+    for module in (mixed, meta):
+        pointers = [p.data_ptr() for p in module.parameters()]
+        step = Adjacent(module, names())
+        step.do()
+        step.undo()
+        assert [p.data_ptr() for p in module.parameters()] == pointers
+
+
+def test_order_gaps_and_strangers_are_seen():
+    buffer = torch.randn(9, 4)
+    assert adjacent(buffer[:3], buffer[3:5], buffer[5:]).shape == (9, 4)
+    assert adjacent(buffer[3:5], buffer[:3]) is None and adjacent(buffer[:3], buffer[4:]) is None
+    assert adjacent(buffer[:, :2], buffer[:, 2:]) is None and adjacent(buffer[:3], buffer[3:].clone()) is None
+    assert adjacent(buffer[:3], buffer[3:].view(torch.int32)) is None
+    assert torch.equal(joined([buffer[4:], buffer[:1]]), torch.cat([buffer[4:], buffer[:1]])) and joined([buffer]) is buffer
+
+
+def test_checkpoints_are_the_usual_ones(tmp_path):
+    """`save_file` refuses tensors that share numbers: slices of one buffer do not, and each is written as what it is."""
+    module = made(bias=True)
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == module.state_dict().keys() and all(torch.equal(found[key], value) for key, value in module.state_dict().items())
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    other = made(bias=True)
+    other.load_state_dict({key: value + 1 for key, value in torch.load(tmp_path / "model.pt").items()})
+    assert adjacent(*other.leaves("weight")) is not None and torch.equal(other.k.weight, module.k.weight + 1)
+
+
+def test_a_patched_model_is_saved_as_before(tmp_path):
+    import test_attention_block
+
+    model = test_attention_block.build("qwen3")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    test_attention_block.patch(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).state_dict()
+    assert again.keys() == before.keys() and all(torch.equal(again[key], value) for key, value in before.items())
+
+
+def gradients(function, x, module):
+    x = x.detach().requires_grad_()
+    for parameter in module.parameters():
+        parameter.grad = None
+    y = function(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype))
+    return {"y": y.detach(), "x": x.grad, **{key: p.grad for key, p in module.named_parameters()}}
+
+
+def same(ours, plain):
+    assert ours.keys() == plain.keys()
+    for key, value in plain.items():
+        assert (ours[key] is None) == (value is None), key
+        assert value is None or compare.error(ours[key], value) < 1e-5, key
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [(), ("q.weight",), ("k.weight", "v.weight", "q.bias"), ("q.weight", "k.weight", "v.weight")])
+@pytest.mark.parametrize("apart", [False, True])
+def test_gradients_are_those_of_three_layers(bias, frozen, apart):
+    module = made(bias)
+    if apart:
+        module.k.weight.data = module.k.weight.data.clone()
+        assert adjacent(*module.leaves("weight")) is None
+    for key, parameter in module.named_parameters():
+        parameter.requires_grad_(key not in frozen)
+    x = torch.randn(2, 7, K)
+
+    def plain(x):
+        return torch.cat([module._modules[name](x) for name in "qkv"], -1)
+
+    same(gradients(module, x, module), gradients(plain, x, module))
+
+
+def test_training_keeps_them_together_and_moving_them_does_not_matter():
+    module, x = made(), torch.randn(4, K)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    for _ in range(2):
+        module(x).square().sum().backward()
+        optimizer.step()
+    assert adjacent(*module.leaves("weight")) is not None
+    module.double()
+    assert torch.equal(module(x.double()), F.linear(x.double(), torch.cat(module.leaves("weight"))))
+
+
+def test_no_grad_and_no_batch():
+    module, x = made(bias=True), torch.randn(K)
+    with torch.no_grad():
+        y = module(x)
+    assert y.shape == (sum(ROWS),) and not y.requires_grad
+    assert compare.error(y, torch.cat([module._modules[name](x) for name in "qkv"])) < 1e-6
+
+
+def test_compiles_in_one_piece():
+    module, x = made(bias=True), torch.randn(2, 7, K)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    same(gradients(compiled, x, module), gradients(module, x, module))
