@@ -103,26 +103,34 @@ def optimize(
         chosen = agreed(chosen)
     alone = left_alone(model)
     moved = None if mesh is None else choose_dispatch(chosen, mesh, dispatch)
+    journal, verified = _carried_out(model, chosen, mesh, moved, verify, fsdp, compile, seconds)
+    made = Report(chosen, verified, _notes(chosen, verified, verify, moved, alone), seconds, tuple(layer_graphs(journal.steps)))
+    model.__dict__["_moepatch_patch"] = _Patch(made, journal, mesh)
+    return model
+
+
+def _carried_out(
+    model: nn.Module, plan: Plan, mesh: DeviceMesh | None, moved: Dispatch | None, verify: bool, fsdp: bool, compile: str | None, seconds: dict[str, float]
+) -> tuple[Journal, tuple[Verified, ...]]:
+    """Everything that changes the model. Whatever is raised, the model is as it was."""
     journal = Journal()
     try:
         with together("optimize()", mesh):
             with _timed(seconds, "apply"):
-                apply(model, chosen, journal)
+                apply(model, plan, journal)
             with _timed(seconds, "verify"):
-                verified = tuple(verify_pattern(model, p) for p in chosen.patterns if p.backend) if verify else ()
-            relayout(model, chosen, journal)
+                verified = tuple(verify_pattern(model, p) for p in plan.patterns if p.backend) if verify else ()
+            relayout(model, plan, journal)
             if mesh is not None:
                 with _timed(seconds, "shard"):
-                    shard(model, chosen, mesh, moved, fsdp, journal)
+                    shard(model, plan, mesh, moved, fsdp, journal)
             for step in compile_layers(model) if compile else ():
                 journal.do(step)
     except BaseException:
         journal.undo()
         raise
     journal.commit()
-    made = Report(chosen, verified, _notes(chosen, verified, verify, moved, alone), seconds, tuple(layer_graphs(journal.steps)))
-    model.__dict__["_moepatch_patch"] = _Patch(made, journal, mesh)
-    return model
+    return journal, verified
 
 
 def _checked_plan(

@@ -93,7 +93,7 @@ def bare_machine(monkeypatch):
 
     def bare(table):
         kept = [b for b in whole(table) if b.name not in MORE]
-        return [replace(b, why_not=lambda *args: "triton: not installed") if b.name == "triton" else b for b in kept]
+        return [replace(b, why_not=lambda *args: "not installed (pip install triton)") if b.name == "triton" else b for b in kept]
 
     monkeypatch.setattr(registry, "backends", bare)
 
@@ -127,23 +127,22 @@ def test_golden_text(folder, bare_machine):
         experts  3 × Qwen3MoeExperts  fused 3-D  E=8 K=2 H=64 I=48 swiglu
           221.18 K (80 %)
 
-        mixture of experts   count  now                 planned     why, or why not
-        experts: fused 3-D       3  grouped_mm          torch       fallback; not
-                                                                    installed: triton
+        mixture of experts   count  now               planned     why, or why not
+        experts: fused 3-D       3  grouped_mm        torch       fallback; not
+                                                                  installed: triton
 
         dense half
-        attention function:      1  sdpa                torch       ok
+        attention function:      1  sdpa              torch       ok
         plain
-        residual: pre-norm       3  own forward         reference   fallback; not
-                                                                    installed: triton
-        attention: q, k, v       3  own forward         reference   fallback; not
-        apart                                                       installed: triton
-        norm: RMS norm           6  own forward         reference   fallback; not
-                                                                    installed: triton
-        norm: RMS norm           7  own forward         reference   fallback; not
-                                                                    installed: triton
-        loss: head               1  logits in memory,   chunked     ok
-                                    then cross_entropy
+        residual: pre-norm       3  own forward       reference   fallback; not
+                                                                  installed: triton
+        attention: q, k, v       3  own forward       reference   fallback; not
+        apart                                                     installed: triton
+        norm: RMS norm           6  own forward       reference   fallback; not
+                                                                  installed: triton
+        norm: RMS norm           7  own forward       reference   fallback; not
+                                                                  installed: triton
+        loss: head               1  logits in memory  chunked     ok
 
         modules
           experts: fused 3-D  E=8 H=64 I=48 swiglu
@@ -166,7 +165,7 @@ def test_golden_text(folder, bare_machine):
             lm_head
         """)
     assert re.search(r"reference +experts", text) and "a loop over the experts" in text
-    assert re.search(r"all_to_all +dispatch", text) and re.search(r"triton +norm +triton: not installed", text)
+    assert re.search(r"all_to_all +dispatch", text) and re.search(r"triton +norm +not installed", text)
     assert not re.search(r" (ssd|delta|parallel_linear) ", text)  # tables that this model has nothing for
     assert text.endswith("result  every mixture of experts can be patched, and the dense half")
 
@@ -209,8 +208,8 @@ def test_golden_json(folder, bare_machine):
     counts = [("attention_function", 1), ("residual", 3), ("attention_block", 3), ("norm", 6), ("norm", 7), ("loss", 1)]
     assert [(pattern["kind"], pattern["count"]) for pattern in dense] == counts
     norm = dense[3]
-    assert norm["choices"] == {"triton": "triton: not installed", "reference": "available"}
-    assert norm["why"] == "fallback; triton: triton: not installed"  # whole, where the table has it short
+    assert norm["choices"] == {"triton": "not installed (pip install triton)", "reference": "available"}
+    assert norm["why"] == "fallback; triton: not installed (pip install triton)"  # whole, where the table has it short
     assert {"dispatch", "experts", "norm", "attention", "ssd"} <= {row["table"] for row in data["backends"]}
     for row in data["backends"]:
         assert row["available"] == (row["why_not"] is None)

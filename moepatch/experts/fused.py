@@ -16,6 +16,7 @@ from ..kernels import gated
 from ..kernels.biases import add_bias_, sum_groups
 from ..kernels.combine import combine_rows, gather_tokens, row_dots
 from ..kernels.routes import Routing, launches, route
+from ..needs import missing
 from .gemm import rows_times, weight_gradient, why_not_grouped
 from .grouped import grouped_experts
 from .spec import ExpertsSpec, ExpertWeights
@@ -32,16 +33,10 @@ class Operands(NamedTuple):
 
 def why_not(spec: ExpertsSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
     """See `registry.Backend`."""
-    from ..kernels.routes import triton
-
-    if device.type != "cuda":
-        return "its kernels run on CUDA GPUs"
-    if triton is None:
-        return "Triton is not installed (pip install triton)"
+    if (reason := missing(dtype, device, "triton")) is not None:
+        return reason
     if spec is None:
         return why_not_grouped(dtype, (), device)
-    if dtype == torch.float64:
-        return "its kernels compute in fp32"
     ups = spec.intermediate * (1 if spec.layout.gate_form == "none" else 2)
     return _why_not_written_out(spec) or why_not_grouped(dtype, (spec.hidden, spec.intermediate, ups), device)
 

@@ -18,6 +18,7 @@ from ..kernels.biases import sum_groups
 from ..kernels.combine import combine_rows, row_dots
 from ..kernels.routes import route
 from ..layout.ops import Transpose
+from ..needs import BF16_FP16, missing
 from . import quack_calls as calls
 from .fused import Operands, down_bias_gradient, fused_experts, keep_routing, kept_routing, operands_of
 from .quack_epilogues import epilogues, has
@@ -28,12 +29,10 @@ _WIDTHS = 8  # elements of 2 bytes that QuACK reads at a time
 
 def why_not(spec: ExpertsSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
     """See `registry.Backend`."""
-    if device.type != "cuda":
-        return "its kernels run on CUDA GPUs"
+    if (reason := missing(dtype, device, dtypes=BF16_FP16, capability=(9, 0))) is not None:
+        return reason
     if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
         return f"its kernels are tried on compute capability 9.0 alone, this is {capability[0]}.{capability[1]}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"its kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     return (spec and why_not_spec(spec)) or _why_not_importable()
 
 

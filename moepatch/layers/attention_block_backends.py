@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..needs import missing
 from ..registry import register_backend
 from .rope import HeadsSpec, reference_heads
 
@@ -21,12 +20,8 @@ def _reference():
 
 def _why_not(spec, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the own kernels cannot serve; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton: not installed"
-    if device.type != "cuda":
-        return f"needs a CUDA GPU, this is {device.type}"
-    if dtype.itemsize > 4:
-        return f"computes in fp32 and less, this is {str(dtype).removeprefix('torch.')}"
+    if (reason := missing(dtype, device, "triton")) is not None:
+        return reason
     if spec is not None and spec.heads.head_dim > _LARGEST_HEAD:
         return f"a head of {spec.heads.head_dim} does not fit into registers (at most {_LARGEST_HEAD})"
     return None

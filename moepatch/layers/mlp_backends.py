@@ -5,10 +5,7 @@ A backend is a function ``(x_TH, weights: MlpWeights, spec: MlpSpec) -> y_TH``.
 
 from __future__ import annotations
 
-import importlib.util
-
-import torch
-
+from ..needs import missing
 from ..registry import register_backend
 
 
@@ -27,11 +24,7 @@ def _torch():
 
 
 def _why_not_triton(spec, dtype, device):
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type != "cuda":
-        return f"needs a GPU, this is {device.type}"
-    return None if dtype in (torch.bfloat16, torch.float16, torch.float32) else f"computes in float32, the weights are {dtype}"
+    return missing(dtype, device, "triton")
 
 
 @register_backend("mlp", "triton", rank=60, serves="gate and up in one GEMM, the activation in one kernel each way", why_not=_why_not_triton)
@@ -42,11 +35,9 @@ def _triton():
 
 
 def _why_not_liger(spec, dtype, device):
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger_kernel is not installed"
     if spec is not None and spec.activation.name != "swiglu":
-        return f"has no kernel for {spec.activation}"
-    return _why_not_triton(spec, dtype, device)
+        return f"it has no kernel for {spec.activation}"
+    return missing(dtype, device, "liger_kernel", "triton")
 
 
 @register_backend("mlp", "liger", rank=20, serves="Liger's SwiGLU between the linear layers", why_not=_why_not_liger)

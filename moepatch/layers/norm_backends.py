@@ -5,14 +5,11 @@ Importing this module registers them.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
+from ..needs import missing
 from ..registry import register_backend
 from .norm import NormSpec
-
-_LOW = (torch.bfloat16, torch.float16)
 
 
 def _plain(spec: NormSpec) -> str | None:
@@ -24,44 +21,29 @@ def _plain(spec: NormSpec) -> str | None:
     return "it has no norm that rounds the scale" if spec.cast == "scale" else None
 
 
-def _machine(device: torch.device, *modules: str) -> str | None:
-    """Why a library cannot run on a device; None if it can."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            return f"{module}: not installed"
-    return None if device.type == "cuda" else f"needs a CUDA GPU, this is {device.type}"
-
-
 def why_not_triton(spec, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the own kernels cannot serve; None if they can."""
     from ..kernels.norm import WIDEST
 
-    if (reason := _machine(device, "triton")) is not None:
+    if (reason := missing(dtype, device, "triton")) is not None:
         return reason
-    if dtype not in (*_LOW, torch.float32):
-        return f"computes in fp32 and less, this is {str(dtype).removeprefix('torch.')}"
     if isinstance(spec, NormSpec) and (spec.group or spec.width) > WIDEST:
         return f"a row of {spec.group or spec.width} does not fit into registers (at most {WIDEST})"
     return None
 
 
 def _why_not_liger(spec, dtype, device):
-    return _machine(device, "liger_kernel") or (None if spec is None else _plain(spec))
+    return missing(dtype, device, "liger_kernel") or (None if spec is None else _plain(spec))
 
 
 def _why_not_te(spec, dtype, device):
-    if (reason := _machine(device, "transformer_engine")) is not None or spec is None:
+    if (reason := missing(dtype, device, "transformer_engine")) is not None or spec is None:
         return reason
     return "it has no norm without a weight" if spec.weight is None else _plain(spec)
 
 
 def _why_not_quack(spec, dtype, device):
-    if (reason := _machine(device, "quack")) is not None:
-        return reason
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:
-        return f"needs compute capability ≥ 9.0, this is {major}.{minor}"
-    return None if spec is None else _plain(spec)
+    return missing(dtype, device, "quack", capability=(9, 0)) or (None if spec is None else _plain(spec))
 
 
 def _rounds_after(spec: NormSpec) -> bool:

@@ -5,10 +5,9 @@ Importing this module registers them. Their rank is negative: FP8 is never chose
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
+from ..needs import missing
 from ..registry import register_backend
 from .attention_block import AttentionBlockSpec
 from .fp8 import round_linear_layers
@@ -21,21 +20,7 @@ _BY_NAME = -10
 
 def why_not_fp8(spec: LinearSpec | MlpSpec | AttentionBlockSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why projections cannot be FP8 GEMMs; None if they can."""
-    return _machine(dtype, device) or (None if spec is None else _widths(spec))
-
-
-def _machine(dtype: torch.dtype, device: torch.device) -> str | None:
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "not installed (pip install moepatch[te])"
-    if device.type != "cuda":
-        return f"needs a CUDA GPU, this is {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        return f"FP8 needs compute capability ≥ 8.9, this is {capability[0]}.{capability[1]}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    known = (torch.bfloat16, torch.float16, torch.float32)
-    return None if dtype in known else f"the weights are {str(dtype).removeprefix('torch.')}"
+    return missing(dtype, device, "transformer_engine", "triton", capability=(8, 9)) or (None if spec is None else _widths(spec))
 
 
 def _widths(spec: LinearSpec | MlpSpec | AttentionBlockSpec) -> str | None:

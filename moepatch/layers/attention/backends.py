@@ -19,7 +19,8 @@ _ROWS = {
 
 
 def _why_not(backend, spec, dtype, device):
-    return why_not_all(kernels(backend), spec, dtype, device) if CHAINS[backend] else None
+    own = {"cudnn": 2}.get(backend, 1)  # torch has cuDNN and FlashAttention inside
+    return why_not_all(kernels(backend), own, spec, dtype, device) if CHAINS[backend] else None
 
 
 for _name, (_rank, _serves) in _ROWS.items():

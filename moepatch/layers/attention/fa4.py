@@ -43,7 +43,7 @@ def _why_not_installed() -> str | None:
     try:
         importlib.metadata.version("flash-attn-4")
     except importlib.metadata.PackageNotFoundError:
-        return "not installed (pip install --pre flash-attn-4)"
+        return "not installed (pip install --pre moepatch[fa4])"
     return None
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ...needs import BF16_FP16, missing
 from .spec import AttentionSpec, AttentionUse, Window
 
 
@@ -77,29 +78,28 @@ def first_that_serves(kernels: Sequence[Kernel], spec: AttentionSpec, dtype: tor
     return next((kernel for kernel in kernels if kernel.why_not(spec, dtype, device) is None), None)
 
 
-def why_not_all(kernels: Sequence[Kernel], use: AttentionUse | None, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a backend, led by its first kernel, is not for a model: the first serves no layer, or a layer is served by none."""
+def why_not_all(kernels: Sequence[Kernel], own: int, use: AttentionUse | None, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a backend, led by its first kernel, is not for a model: none of its own kernels serves a layer, or a layer is served by none.
+
+    Args:
+        kernels: the backend's own, then those that serve what is left over.
+        own: how many are its own.
+        use, dtype, device: as for `Kernel.why_not`, for all layers.
+    """
     leader = kernels[0]
     reason = leader.why_not(None, dtype, device)
     if reason is not None or use is None:
         return reason
     reasons = [leader.why_not(form, dtype, device) for form, _ in use.forms]
-    if None not in reasons:
+    if not any(first_that_serves(kernels[:own], form, dtype, device) for form, _ in use.forms):
         return reasons[0]
     unserved = [form for form, _ in use.forms if first_that_serves(kernels, form, dtype, device) is None]
     return f"{unserved[0].describe()}: {leader.why_not(unserved[0], dtype, device)}" if unserved else None
 
 
-def needs_gpu(dtype: torch.dtype, device: torch.device, capability: tuple[int, int]) -> str | None:
+def needs_gpu(dtype: torch.dtype, device: torch.device, capability: tuple[int, int], *libraries: str) -> str | None:
     """What all fused kernels ask of a machine."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"needs an NVIDIA GPU, this is {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, this is {str(dtype).removeprefix('torch.')}"
-    here = torch.cuda.get_device_capability(device)
-    if here < capability:
-        return f"needs compute capability {capability[0]}.{capability[1]}, this is {here[0]}.{here[1]}"
-    return None
+    return missing(dtype, device, *libraries, dtypes=BF16_FP16, capability=capability)
 
 
 def wrong_dims(spec: AttentionSpec, limit: int) -> str | None:

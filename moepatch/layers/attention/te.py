@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -50,9 +49,7 @@ def run_te(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
 
 def why_not_te(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
     """See `Kernel.why_not`."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "not installed (pip install moepatch[te])"
-    reason = needs_gpu(dtype, device, (8, 0))
+    reason = needs_gpu(dtype, device, (8, 0), "transformer_engine")
     if reason is not None or spec is None:
         return reason
     if spec.softcap is not None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-
 import torch
 
+from ...needs import BF16_FP16, missing
 from ...registry import register_backend
 
 
@@ -24,24 +22,19 @@ def _chunked():
     return linear_cross_entropy
 
 
-def _needs(module: str, how: str, *dtypes: torch.dtype) -> Callable[..., str | None]:
-    def why_not(spec, dtype, device):
-        if importlib.util.find_spec(module) is None:
-            return f"not installed ({how})"
-        if device.type != "cuda":
-            return f"needs a CUDA device, this is {device.type}"
-        return None if dtype in dtypes else f"does not compute in {str(dtype).removeprefix('torch.')}"
-
-    return why_not
-
-
 def _quack_serves(spec, dtype, device):
-    missing = _needs("quack", "pip install moepatch[quack]", torch.bfloat16)(spec, dtype, device)
-    if missing is None and torch.cuda.get_device_capability(device) < (9, 0):
-        return "needs compute capability ≥ 9.0, this is {}.{}".format(*torch.cuda.get_device_capability(device))
-    if missing is None and spec is not None and (spec.bias or spec.hidden % 8 or spec.vocab % 8):
+    reason = missing(dtype, device, "quack", dtypes=(torch.bfloat16,), capability=(9, 0))
+    if reason is None and spec is not None and (spec.bias or spec.hidden % 8 or spec.vocab % 8):
         return "needs a head without a bias whose sizes are multiples of 8"
-    return missing
+    return reason
+
+
+def _liger_serves(spec, dtype, device):
+    return missing(dtype, device, "liger_kernel")
+
+
+def _cce_serves(spec, dtype, device):
+    return missing(dtype, device, "cut_cross_entropy", dtypes=BF16_FP16)
 
 
 def _waits(spec) -> bool:
@@ -56,21 +49,14 @@ def _quack():
     return quack()
 
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@register_backend(
-    "loss", "liger", rank=20, serves="Liger's fused linear cross-entropy", why_not=_needs("liger_kernel", "pip install moepatch[liger]", *_FLOATS), exact=_waits
-)
+@register_backend("loss", "liger", rank=20, serves="Liger's fused linear cross-entropy", why_not=_liger_serves, exact=_waits)
 def _liger():
     from .adapters import liger
 
     return liger()
 
 
-@register_backend(
-    "loss", "cce", rank=10, serves="Cut Cross-Entropy", why_not=_needs("cut_cross_entropy", "pip install cut-cross-entropy", *_FLOATS[:2]), exact=_waits
-)
+@register_backend("loss", "cce", rank=10, serves="Cut Cross-Entropy", why_not=_cce_serves, exact=_waits)
 def _cce():
     from .adapters import cce
 

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-import torch
-
+from ...needs import BF16_FP16, missing
 from ...registry import register_backend
 
 
 def _why_not_triton(spec, dtype, device):
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type != "cuda":
-        return f"needs a GPU, this is {device.type}"
-    return None if dtype in (torch.bfloat16, torch.float16, torch.float32) else f"computes in float32, the weights are {dtype}"
+    return missing(dtype, device, "triton")
 
 
 def _why_not_triton_ssd(spec, dtype, device):
-    if dtype == torch.float32:
-        return "its products are of bf16 or fp16 factors; torch serves fp32"
     # A head's state and a chunk of it are held by one program.
     if spec is not None and (spec.state > 256 or spec.head_dim > 128):
         return f"holds states up to 256×128, this is {spec.state}×{spec.head_dim}"
-    return _why_not_triton(spec, dtype, device)
+    # In fp32 its programs do not fit into registers.
+    return missing(dtype, device, "triton", dtypes=BF16_FP16)
 
 
 @register_backend("ssd", "reference", rank=0, serves="chunks of matrix products in fp32, plain torch")
@@ -64,11 +56,9 @@ def _triton_delta():
 
 
 def _why_not_fla(spec, dtype, device):
-    if importlib.util.find_spec("fla") is None:
-        return "flash-linear-attention is not installed"
     if spec is not None and max(spec.key_dim, spec.value_dim) > 256:
         return f"heads of at most 256, these are {spec.key_dim} and {spec.value_dim}"
-    return _why_not_triton(spec, dtype, device)
+    return missing(dtype, device, "fla", "triton")
 
 
 @register_backend("delta", "fla", rank=70, serves="convolution in one kernel each way, the recurrence of flash-linear-attention", why_not=_why_not_fla)
