@@ -9,17 +9,20 @@ comes first, unless `up_first`.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ..experts.activation import Activation
-from .launch import launch
+from .gated_formulas import formula
+from .launch import Prepared
+from .routes import jit
 
 try:  # The references and everything that only asks need no Triton.
-    import triton
     import triton.language as tl
 except ImportError:
-    triton = None
+    tl = None
 
 #: Rows and columns of a tile: with bf16 a thread of 4 warps moves two times 16 bytes of each operand.
 _TILE = (16, 128)
@@ -48,11 +51,8 @@ def gated_forward(
     count, width = _shape(pre_R2I, gate_form)
     h_RI = pre_R2I.new_empty(count, width)
     if count:
-        (high, wide), numbers = _TILE, (*activation.numbers, 0.0, 0.0)
-        launch(_forward_kernel, (-(-count // high), -(-width // wide)),
-            pre_R2I, weights_R, rows, h_RI, count,
-            WIDTH=width, NAME=activation.name, P=numbers[0], Q=numbers[1], FORM=gate_form, UP_FIRST=up_first, HIGH=high, WIDE=wide, num_warps=4,
-        )  # fmt: skip
+        high, columns, kernel = _prepared_forward(activation, gate_form, up_first, width)
+        kernel((-(-count // high), columns), pre_R2I, weights_R, rows, h_RI, count)
     return h_RI
 
 
@@ -83,20 +83,37 @@ def gated_backward(
     h_RI = torch.empty_like(grad_h_RI) if want_h else None
     grad_weights_R = None if weights_R is None else torch.empty_like(weights_R)
     if count:
-        (high, wide), numbers = _TILE if weights_R is None else _WIDE_TILE, (*activation.numbers, 0.0, 0.0)
-        columns = -(-width // wide)
-        steps = 1 if weights_R is None else columns
-        launch(_backward_kernel, (-(-count // high), columns // steps),
-            pre_R2I, grad_h_RI, weights_R, rows, grad_pre_R2I, h_RI, grad_weights_R, count,
-            WIDTH=width, NAME=activation.name, P=numbers[0], Q=numbers[1], FORM=gate_form, UP_FIRST=up_first,
-            HIGH=high, WIDE=wide, STEPS=steps, num_warps=4,
-        )  # fmt: skip
+        high, columns, kernel = _prepared_backward(activation, gate_form, up_first, width, weights_R is not None)
+        kernel((-(-count // high), columns), pre_R2I, grad_h_RI, weights_R, rows, grad_pre_R2I, h_RI, grad_weights_R, count)
     return grad_pre_R2I, h_RI, grad_weights_R
 
 
 def _shape(pre_R2I: Tensor, gate_form: str) -> tuple[int, int]:
     count, columns = pre_R2I.shape
     return count, columns if gate_form == "none" else columns // 2
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared_forward(activation: Activation, gate_form: str, up_first: bool, width: int) -> tuple[int, int, Prepared]:
+    """Rows of a program, programs along a row, and the kernel."""
+    high, wide = _TILE
+    return high, -(-width // wide), Prepared(_forward_kernel, HIGH=high, WIDE=wide, **_constants(activation, gate_form, up_first, width))
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared_backward(activation: Activation, gate_form: str, up_first: bool, width: int, weighted: bool) -> tuple[int, int, Prepared]:
+    """The same; with weights a program walks along whole rows."""
+    high, wide = _WIDE_TILE if weighted else _TILE
+    tiles = -(-width // wide)
+    columns, steps = (1, tiles) if weighted else (tiles, 1)
+    kernel = Prepared(_backward_kernel, HIGH=high, WIDE=wide, STEPS=steps, **_constants(activation, gate_form, up_first, width))
+    return high, columns, kernel
+
+
+def _constants(activation: Activation, gate_form: str, up_first: bool, width: int) -> dict:
+    """What both kernels are compiled for; a number that the formula does not take is 0."""
+    p, q = (*activation.numbers, 0.0, 0.0)[:2]
+    return {"WIDTH": width, "NAME": activation.name, "P": p, "Q": q, "FORM": gate_form, "UP_FIRST": up_first, "num_warps": 4}
 
 
 # --- references ----------------------------------------------------------------------------------------------------------------------
@@ -155,113 +172,10 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-# --- formulas ------------------------------------------------------------------------------------------------------------------------
-
-
-def _jit(**options):
-    return triton.jit(**options) if triton else lambda function: function
-
-
-# Scalar activations: value and derivative at once, since they share work. `where` lets NaN through, which minimum and maximum do not.
-
-
-@_jit()
-def _silu(x):
-    s = tl.sigmoid(x)
-    value = x * s
-    return value, s + value * (1 - s)
-
-
-@_jit()
-def _gelu(x):
-    cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-    return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-
-
-@_jit()
-def _gelu_tanh(x):
-    # (1 + tanh(u)) / 2 is sigmoid(2u).
-    s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    value = x * s
-    return value, s + value * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
-
-
-@_jit()
-def _relu(x):
-    return tl.where(x <= 0, 0.0, x), tl.where(x > 0, 1.0, 0.0)
-
-
-@_jit()
-def _relu2(x):
-    r = tl.where(x <= 0, 0.0, x)
-    return r * r, 2 * r
-
-
-@_jit()
-def _swish(x, alpha):
-    s = tl.sigmoid(alpha * x)
-    value = x * s
-    return value, s + alpha * value * (1 - s)
-
-
-@_jit()
-def _at_most(x, limit):
-    return tl.where(x > limit, limit, x)
-
-
-@_jit()
-def _within(x, limit):
-    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
-
-
-@_jit()
-def _formula(grad, gate, up, p, q, NAME: tl.constexpr):
-    """The activation named so in `experts.activation.FORMULAS`, with the numbers p and q: h, and the gradients of gate and up.
-
-    A kernel that uses only one of the three pays only for that one. Without a gate the pre-activation arrives as `gate`.
-    """
-    if NAME == "swiglu":
-        value, slope = _silu(gate)
-        return value * up, grad * up * slope, grad * value
-    elif NAME == "geglu":
-        value, slope = _gelu(gate)
-        return value * up, grad * up * slope, grad * value
-    elif NAME == "geglu_tanh":
-        value, slope = _gelu_tanh(gate)
-        return value * up, grad * up * slope, grad * value
-    elif NAME == "reglu":
-        value, slope = _relu(gate)
-        return value * up, grad * up * slope, grad * value
-    elif NAME == "clamped_swiglu":
-        value, slope = _silu(_at_most(gate, p))
-        held = _within(up, p)
-        return value * held, tl.where(gate <= p, grad * held * slope, 0.0), tl.where(tl.abs(up) <= p, grad * value, 0.0)
-    elif NAME == "swiglu_clamped":
-        value, slope = _silu(gate)
-        capped, held = _at_most(value, p), _within(up, p)
-        return capped * held, tl.where(value <= p, grad * held * slope, 0.0), tl.where(tl.abs(up) <= p, grad * capped, 0.0)
-    elif NAME == "swiglu_oai":
-        value, slope = _swish(_at_most(gate, q), p)
-        lifted = _within(up, q) + 1
-        return value * lifted, tl.where(gate <= q, grad * lifted * slope, 0.0), tl.where(tl.abs(up) <= q, grad * value, 0.0)
-    elif NAME == "relu2":
-        value, slope = _relu2(gate)
-    elif NAME == "silu":
-        value, slope = _silu(gate)
-    elif NAME == "gelu":
-        value, slope = _gelu(gate)
-    elif NAME == "gelu_tanh":
-        value, slope = _gelu_tanh(gate)
-    else:
-        tl.static_assert(NAME == "relu", "an activation that has no kernel")
-        value, slope = _relu(gate)
-    return value, grad * slope, grad
-
-
 # --- kernels -------------------------------------------------------------------------------------------------------------------------
 
 
-@_jit()
+@jit()
 def _load(pre, row, start, here, WIDTH: tl.constexpr, FORM: tl.constexpr, UP_FIRST: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr):
     """A tile of gate and one of up in fp32; without a gate twice the same."""
     if FORM == "interleaved":
@@ -281,7 +195,7 @@ def _load(pre, row, start, here, WIDTH: tl.constexpr, FORM: tl.constexpr, UP_FIR
     return first.to(tl.float32), second.to(tl.float32)
 
 
-@_jit()
+@jit()
 def _store(
     pre, row, start, here, gate, up, WIDTH: tl.constexpr, FORM: tl.constexpr, UP_FIRST: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
@@ -303,7 +217,7 @@ def _store(
             tl.store(at + WIDTH, second, mask=mask)
 
 
-@_jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count"])
 def _forward_kernel(
     pre, weights, rows, h, count,
     WIDTH: tl.constexpr, NAME: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, FORM: tl.constexpr, UP_FIRST: tl.constexpr,
@@ -316,14 +230,14 @@ def _forward_kernel(
             return
     here, start, row_64 = row < count, tl.program_id(1) * WIDE, row.to(tl.int64)
     gate, up = _load(pre, row_64, start, here, WIDTH, FORM, UP_FIRST, HIGH, WIDE)
-    value, _, _ = _formula(gate, gate, up, P, Q, NAME)
+    value, _, _ = formula(gate, gate, up, P, Q, NAME)
     if weights is not None:
         value *= tl.load(weights + row, mask=here, other=0)[:, None]
     column = start + tl.arange(0, WIDE)
     tl.store(h + row_64[:, None] * WIDTH + column[None, :], value.to(h.dtype.element_ty), mask=here[:, None] & (column < WIDTH)[None, :])
 
 
-@_jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count"])
 def _backward_kernel(
     pre, grad_h, weights, rows, grad_pre, h, grad_weights, count,
     WIDTH: tl.constexpr, NAME: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, FORM: tl.constexpr, UP_FIRST: tl.constexpr,
@@ -348,11 +262,11 @@ def _backward_kernel(
         grad = tl.load(grad_h + at, mask=mask, other=0).to(tl.float32)
         gate, up = _load(pre, row_64, start, here, WIDTH, FORM, UP_FIRST, HIGH, WIDE)
         if weights is not None:
-            value, grad_gate, grad_up = _formula(grad * weight, gate, up, P, Q, NAME)
+            value, grad_gate, grad_up = formula(grad * weight, gate, up, P, Q, NAME)
             total += value * grad
             value *= weight
         else:
-            value, grad_gate, grad_up = _formula(grad, gate, up, P, Q, NAME)
+            value, grad_gate, grad_up = formula(grad, gate, up, P, Q, NAME)
         _store(grad_pre, row_64, start, here, grad_gate, grad_up, WIDTH, FORM, UP_FIRST, HIGH, WIDE)
         if h is not None:
             tl.store(h + at, value.to(h.dtype.element_ty), mask=mask)

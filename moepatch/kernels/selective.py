@@ -186,6 +186,16 @@ def _scan_kernel(
     tl.store(last + seq * D * N + ch[:, None] * N + n[None, :], state, mask=inside)
 
 
+@jit()
+def _through_gate(gate, grad_y, grad_gate, out, real):
+    """The gradient of what the gate multiplies; that of the gate is stored."""
+    z = tl.load(gate, mask=real, other=0).to(tl.float32)
+    up = tl.load(grad_y, mask=real, other=0).to(tl.float32)
+    sigmoid = 1 / (1 + tl.exp(-z))
+    tl.store(grad_gate, (up * out * sigmoid * (1 + z * (1 - sigmoid))).to(grad_gate.dtype.element_ty), mask=real)
+    return up * (z * sigmoid)
+
+
 @jit(do_not_specialize=["tokens"])
 def _grads_kernel(
     x, dt, gate, b, c, a_log, d, bias, starts, grad_y, grad_last, grad_x, grad_dt, grad_gate, into, grad_a, sums, tokens,
@@ -231,11 +241,7 @@ def _grads_kernel(
         states = added + gone * before[None, :, :]
 
         out = tl.sum(states * C[:, None, :], 2) + skip[None, :] * value
-        z = tl.load(gate + at_gate, mask=real, other=0).to(tl.float32)
-        up = tl.load(grad_y + at, mask=real, other=0).to(tl.float32)
-        sigmoid = 1 / (1 + tl.exp(-z))
-        tl.store(grad_gate + at, (up * out * sigmoid * (1 + z * (1 - sigmoid))).to(grad_gate.dtype.element_ty), mask=real)
-        up *= z * sigmoid
+        up = _through_gate(gate + at_gate, grad_y + at, grad_gate + at, out, real)
 
         # Gradients of states run backwards: that of a token, plus the next one's faded by the next one's decay.
         fade = tl.exp(next_step[:, :, None] * a[None, :, :])

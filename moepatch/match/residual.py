@@ -41,7 +41,7 @@ def match_residual(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Non
     norms = _norms(layer, memo)
     if not norms or len(norms) > 2 or len(layer._modules) <= len(norms):
         return None
-    key = ("residual", fingerprint(_stand_in(layer, norms, "tensor", [])), tuple(map(type, layer.children())))
+    key = ("residual", fingerprint(_without_unused_numbers(_stand_in(layer, norms, "tensor", []))), tuple(map(type, layer.children())))
     if key not in memo:
         memo[key] = _read(layer, norms)
     spec = memo[key]
@@ -107,6 +107,19 @@ def _stand_in(layer: nn.Module, norms: dict[str, NormSpec], form: dict[str, str]
             copy._modules[name] = _Child(name, forms[name], width, written)
             copy._modules[name].__class__ = _posing_as(original_class(child))
     copy.training = True  # dropout counts
+    return copy
+
+
+def _without_unused_numbers(copy: nn.Module) -> nn.Module:
+    """A stand-in without the integers that its forward does not mention, such as the layer's own number: layers that differ in those are equal.
+
+    Where the forward calls methods of its class nothing is left out, for they may read anything.
+    """
+    names = set(trial.eager_forward(copy).__code__.co_names)
+    own = {name for cls in type(copy).__mro__[: type(copy).__mro__.index(nn.Module)] for name, value in vars(cls).items() if inspect.isroutine(value)}
+    if not names & own:
+        for name in [name for name, value in vars(copy).items() if type(value) is int and name not in names]:
+            del copy.__dict__[name]
     return copy
 
 
