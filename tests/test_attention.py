@@ -22,7 +22,9 @@ import zoo
 from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
+import moepatch
 from moepatch.layers.attention import NAMES, attention_function, attention_mask, register
+from moepatch.layers.attention import positions
 from moepatch.layers.attention import sink_kernels as kernels
 from moepatch.layers.attention.exact import plain_attention
 from moepatch.layers.attention.kernel import How
@@ -401,7 +403,7 @@ def test_the_step_is_undone_exactly_and_nested_configurations_keep_theirs():
     before = {name: config._attn_implementation for name, config in configurations(model)}
     found = sites(model)
     assert [site.fqn for site in found] == ["model.visual", "model.language_model"]
-    (step_,) = ATTENTION_FUNCTION.steps(model.model.language_model, found[1].spec, "torch")
+    step_, _ = ATTENTION_FUNCTION.steps(model.model.language_model, found[1].spec, "torch")
     step_.do()
     assert model.config.text_config._attn_implementation == "moepatch_torch"
     assert model.config._attn_implementation == model.config.vision_config._attn_implementation == "sdpa"
@@ -487,3 +489,29 @@ def interpreted():
         assert compare.error(ours, wanted) < 1e-6 and compare.error(ours_lse, wanted_lse) < 1e-6
         found = kernels.gradient_on_device(grad, ours, ours_lse, sinks)
         assert compare.error(found, kernels._gradient_reference(grad, wanted, wanted_lse, sinks)) < 1e-5
+
+@pytest.mark.parametrize("case", ["whole", "packed"])
+def test_positions_that_the_model_counts_are_not_looked_at(case, monkeypatch):
+    """transformers' look at position ids waits for the device, once a step."""
+    model, looks = zoo.build("qwen3_moe"), []
+    given = inputs(case, model)
+    given.pop("attention_mask", None)
+    truth, _ = step(model, given)
+    look = positions._LOOK
+    monkeypatch.setattr(positions, "_LOOK", lambda position_ids: looks.append(position_ids) or look(position_ids))
+    moepatch.optimize(model, measure=False)
+    found, _ = step(model, given)
+    assert len(looks) == (case == "packed")
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
+    moepatch.restore(model)
+    step(model, given)
+    assert len(looks) == 1 + (case == "packed")
+    assert not model.model._forward_pre_hooks and not model.model._forward_hooks
+
+
+def test_a_forward_that_fails_leaves_no_trace():
+    model = zoo.build("qwen3_moe")
+    moepatch.optimize(model, measure=False)
+    with pytest.raises(IndexError):
+        model(input_ids=torch.full((1, 4), 10**6))
+    assert positions._FORWARDS.open == []

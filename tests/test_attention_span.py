@@ -10,6 +10,7 @@ import test_attention_block
 import torch
 import zoo
 from torch import nn
+from transformers import DynamicCache
 
 from moepatch.kernels import rope as kernels
 from moepatch.layers import attention_block
@@ -140,20 +141,53 @@ def test_frozen_weights_get_no_gradient(calls):
     assert all(compare.error(some[key], whole[key]) < 1e-6 for key in some)
 
 
-@pytest.mark.parametrize("what", ["hook", "lora", "autocast", "cache"])
+@pytest.mark.parametrize("what", ["hook", "lora", "autocast", "filled cache"])
 def test_what_is_more_than_it_was_goes_the_long_way(what, calls, monkeypatch):
     done, _ = calls
     model, blocks = patched("qwen3_moe")
     at_once(blocks)
     long = []
     monkeypatch.setattr(PatchedAttentionBlock, "_heads", lambda *args: long.append(1) or 1 / 0)
-    options = {"use_cache": what == "cache"}
     for block in blocks:
         if what == "hook":
             block.o_proj.register_forward_hook(lambda *args: None)
         elif what == "lora":
             block.q_proj = nn.Sequential(block.q_proj)
-    given = {**test_attention_block.inputs("qwen3_moe", model), **options}
+    given = test_attention_block.inputs("qwen3_moe", model)
+    if what == "filled cache":
+        cache, part = DynamicCache(config=model.config), torch.randn(2, blocks[0].config.num_key_value_heads, 3, blocks[0].head_dim)
+        for layer in range(len(blocks)):
+            cache.update(part, part, layer)
+        given |= {"past_key_values": cache, "use_cache": True}
     with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"), pytest.raises(ZeroDivisionError):
         model(**given)
     assert long and not done
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_cache_that_the_forward_makes_is_filled_and_differentiable(name, tokens_first, calls):
+    """transformers makes one in training, too, unless it is told not to. gpt-oss has windows."""
+    done, choose = calls
+    choose(tokens_first)
+    model, blocks = patched(name)
+    given = {**test_attention_block.inputs(name, model), "use_cache": True}
+
+    def step(with_logits=True):
+        model.zero_grad(set_to_none=True)
+        out = model(**given)
+        kept = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+        generator = torch.Generator().manual_seed(0)
+        loss = sum((t * torch.randn(t.shape, generator=generator)).sum() for t in kept)
+        (loss + out.loss if with_logits else loss).backward()
+        return {**{str(i): t.detach() for i, t in enumerate(kept)}, **{key: p.grad for key, p in model.named_parameters() if p.grad is not None}}
+
+    before, only = step(), step(with_logits=False)
+    assert not done
+    at_once(blocks)
+    after, only_after = step(), step(with_logits=False)
+    assert len(done) == 2 * len(blocks)
+    assert before.keys() == after.keys()
+    assert not {key: e for key in before if (e := compare.error(after[key], before[key])) > 1e-5}
+    # The last layer's output has no part in the caches.
+    assert not {key: e for key in only if (e := compare.error(only_after[key], only[key])) > 1e-5}

@@ -90,3 +90,62 @@ def test_families_on_the_gpu(name, dtype):
     assert all(v.ok and v.differences for v in moepatch.report(model).verified), [v.fqn for v in moepatch.report(model).verified if not v.differences]
     limit = 1e-4 if dtype == torch.float32 else 0.1  # numbers are verify's matter
     assert compare.error(found["logits"], outputs["logits"]) < limit
+
+
+STEPS = ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3", "nemotron_h", "glm4_moe", "olmoe"]
+
+
+def _patched(name):
+    """A family's tiny model in bf16 with everything patched, its tokens, and a step that leaves gradients."""
+    if zoo.available(name) is not None:
+        pytest.skip(zoo.available(name))
+    model = zoo.build(name, dtype=torch.bfloat16).cuda()
+    model.config.use_cache = False
+    moepatch.optimize(model, measure=False, numerics="relaxed")
+    ids = torch.randint(3, zoo.VOCAB, (2, 64), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        step()
+    return model, step
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_whole_step_waits_for_nothing(name):
+    _, step = _patched(name)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_whole_step_as_a_cuda_graph(name):
+    """Forward, loss and backward captured once and replayed: nothing in them depends on the host."""
+    model, step = _patched(name)
+    loss = step().item()
+    truth = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert captured.item() == pytest.approx(loss, rel=1e-3)
+    for key, p in model.named_parameters():
+        if key in truth:
+            assert compare.error(p.grad.float(), truth[key].float()) < 0.02, key

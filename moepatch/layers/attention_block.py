@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..kind import Kind
 from ..layout.adjacent import Adjacent
@@ -24,7 +25,7 @@ from ..trial import Call
 from .attention.function import direct
 from .attention_span import Span, attention_span
 from .linear import PROJECTIONS, project
-from .rope import ROPES, HeadsSpec, reference_heads
+from .rope import ROPES, HeadsSpec, dense_rows, reference_heads
 
 #: Where a keyword argument of the attention function comes from. In training only: ``training attribute``, ``training config``, else 0.0.
 SOURCES = ("constant", "attribute", "config", "training attribute", "training config")
@@ -163,9 +164,12 @@ class PatchedAttentionBlock(Patched):
         registry, eager = attention_functions(original_class(self))
         attend = registry.get_interface(self.config._attn_implementation, eager)
         arguments = {argument.name: argument.of(self) for argument in spec.arguments}
-        if cache is None and backend == "triton" and not torch.compiler.is_compiling():
-            y = self._at_once(spec, attend, hidden_states, tables, mask, {**arguments, **kwargs})
-            if y is not None:
+        if backend == "triton" and not torch.compiler.is_compiling() and (cache is None or _is_fresh(cache, self.layer_idx)):
+            found = self._at_once(spec, attend, hidden_states, tables, mask, {**arguments, **kwargs}, cache is not None)
+            if found is not None:
+                y, *kept = found if isinstance(found, tuple) else (found,)
+                if kept:
+                    cache.update(*kept, self.layer_idx)
                 return y, None
         q, k, v, gate = self._heads(spec, backend, hidden_states, tables)
         if cache is not None:
@@ -176,8 +180,8 @@ class PatchedAttentionBlock(Patched):
         plain = backend in PROJECTIONS and type(output) is nn.Linear and _is_bare(output)
         return project(backend, y, output) if plain else output(y), attention_weights
 
-    def _at_once(self, spec: AttentionBlockSpec, attend, x: Tensor, tables, mask, arguments: Mapping[str, Any]) -> Tensor | None:
-        """The result as one function; None where a part of it is more than it was, or needs more than kernels without autograd."""
+    def _at_once(self, spec: AttentionBlockSpec, attend, x: Tensor, tables, mask, arguments: Mapping[str, Any], cached: bool):
+        """The result as one function (see `attention_span`); None where a part of it is more than it was, or needs more than kernels without autograd."""
         modules, heads = self._modules, spec.heads if tables is not None else spec.heads.unrotated
         linears = [modules[name] for name in spec.inputs] + [modules[spec.output]]
         if spec.gate is not None or heads.gated or torch.is_autocast_enabled(x.device.type) or torch_module._has_any_global_hook():
@@ -190,8 +194,8 @@ class PatchedAttentionBlock(Patched):
         weights = [linear._parameters["weight"] for linear in linears]
         if any(weight.dtype is not x.dtype for weight in weights):
             return None
-        cos, sin = (None, None) if heads.rope == "none" else tables
-        if cos is not None and (cos.ndim != 3 or cos.stride(-1) != 1 or sin.stride(-1) != 1 or cos.requires_grad or sin.requires_grad):
+        cos, sin = (None, None) if heads.rope == "none" else map(dense_rows, tables)
+        if cos is not None and (cos.ndim != 3 or cos.requires_grad or sin.requires_grad):
             return None
         form = x.shape[1], heads.heads, heads.kv_heads, heads.head_dim, heads.value_dim, x.dtype, x.device
         found = direct(attend, self, form, mask, **arguments)
@@ -200,7 +204,7 @@ class PatchedAttentionBlock(Patched):
         biases = [linear._parameters["bias"] for linear in linears]
         factors = [norm._parameters["weight"] for norm in norms] or (None, None)
         projections = (*weights[:3], *biases[:3]) if spec.bias else tuple(weights[:3])
-        return attention_span(x, (cos, sin), tuple(factors), (weights[3], biases[3]), projections, Span(heads, *found, spec.bias))
+        return attention_span(x, (cos, sin), tuple(factors), (weights[3], biases[3]), projections, Span(heads, *found, spec.bias, cached))
 
     def _heads(self, spec: AttentionBlockSpec, backend: str, x: Tensor, tables: tuple[Tensor, Tensor] | None):
         """Queries, keys and values ``[B, heads, S, D]`` and the gate ``[B, S, heads, D]`` or None."""
@@ -242,6 +246,15 @@ def _is_bare(module: nn.Module) -> bool:
     """Whether not calling a module's ``__call__`` leaves nothing out."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooked and "forward" not in module.__dict__
+
+
+def _is_fresh(cache: Any, layer: int) -> bool:
+    """Whether a cache would hand back what it is given: it grows, and holds nothing of this layer yet, as those that a training step makes."""
+    if type(cache) is not DynamicCache:
+        return False
+    known = layer < len(cache.layers)
+    grows = (type(cache.layers[layer]) if known else cache.layer_class_to_replicate) in (DynamicLayer, DynamicSlidingWindowLayer)
+    return grows and not (known and cache.layers[layer].is_initialized)
 
 
 def _inject(spec: AttentionBlockSpec, backend: str, implementation: str | None):

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from ..needs import missing
 from ..registry import register_backend
-from .rope import HeadsSpec, reference_heads
+from .rope import HeadsSpec, dense_rows, reference_heads
 
 _LARGEST_HEAD = 512
 
@@ -36,8 +36,10 @@ def triton_heads(
     joint: Tensor, spec: HeadsSpec, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `layers.rope.reference_heads`. Values and gate are views of `joint`; the gradient of `joint` is one contiguous matrix."""
-    if cos is not None and (cos.ndim != 3 or cos.stride(-1) != 1 or sin.stride(-1) != 1):
+    if cos is not None and cos.ndim != 3:
         return reference_heads(joint, spec, q_weight, k_weight, cos, sin)
+    if cos is not None:
+        cos, sin = dense_rows(cos), dense_rows(sin)
     q, k, v, *gate = _Heads.apply(joint, q_weight, k_weight, cos, sin, spec)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), gate[0] if gate else None
 

@@ -1,6 +1,6 @@
 """All of an attention module as one differentiable function: q/k/v projections, heads, attention, output projection.
 
-Where nothing between them is anybody else's (no hooks, no LoRA, no cache), one node of autograd stands for a dozen, and each way is a row
+Where nothing between them is anybody else's (no hooks, no LoRA, no cache that holds something), one node of autograd stands for a dozen, and each way is a row
 of calls without views and wrappers in between: on a fast GPU a layer of a few thousand tokens waits for Python otherwise. The kernels are
 those of the long way in `attention_block`, and so are the numbers.
 
@@ -29,12 +29,14 @@ class Span(NamedTuple):
         heads: between the projections and attention; without an output gate.
         raw, how: the attention kernel; sinks are given apart.
         biased: whether the projections of queries, keys and values have biases.
+        cached: whether keys and values are wanted too, for a cache.
     """
 
     heads: HeadsSpec
     raw: Raw
     how: How
     biased: bool
+    cached: bool
 
 
 def attention_span(
@@ -44,8 +46,8 @@ def attention_span(
     output: tuple[Tensor, Tensor | None],
     projections: tuple[Tensor, ...],
     span: Span,
-) -> Tensor:
-    """``[B, S, H]`` of tokens ``[B, S, H]``.
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """``[B, S, H]`` of tokens ``[B, S, H]``; if they are wanted, with keys and values ``[B, heads, S, D]``.
 
     Args:
         x: in the dtype of the weights.
@@ -72,15 +74,20 @@ class _Span(torch.autograd.Function):
         ctx.save_for_backward(
             x, cos, sin, q_norm, k_norm, output, sinks, joint if heads.norm else None, q, k, v, out, lse, *projections[:3], *rest
         )
-        return F.linear(_tokens(out, tokens_first), output, output_bias)
+        y = F.linear(_tokens(out, tokens_first), output, output_bias)
+        if not span.cached:
+            return y
+        ctx.set_materialize_grads(False)  # who looks at the cache of a forward pass does so without gradients, nearly always
+        return y, k.transpose(1, 2) if tokens_first else k, v.transpose(1, 2) if tokens_first else v
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy, dkeys=None, dvalues=None):
         from ..kernels.rope import heads_backward
 
         x, cos, sin, q_norm, k_norm, output, sinks, joint, q, k, v, out, lse, w_q, w_k, w_v, *rest = ctx.saved_tensors
-        wanted, (heads, raw, how, biased) = ctx.needs_input_grad, ctx.span
+        wanted, (heads, raw, how, biased, _) = ctx.needs_input_grad, ctx.span
+        dy = x.new_zeros(*x.shape[:2], output.shape[0]) if dy is None else dy
         dy_TH = dy.reshape(-1, dy.shape[-1])
         out_TN = _tokens(out, raw.tokens_first).flatten(0, 1)
         doutput = dy_TH.t() @ out_TN if wanted[5] else None
@@ -90,6 +97,7 @@ class _Span(torch.autograd.Function):
         *grads, dsinks = attend_backward(raw, dout, q, k, v, out, lse, tuple(rest), how._replace(sinks=sinks), wanted[7])
         if raw.tokens_first:
             grads = [g.transpose(1, 2) for g in grads]
+        grads = [grads[0], *(g if more is None else g + more for g, more in zip(grads[1:], (dkeys, dvalues), strict=True))]
         djoint, dq_norm, dk_norm = heads_backward(joint, heads, q_norm, k_norm, cos, sin, (*grads, None))
         djoint_TN = djoint.view(-1, djoint.shape[-1])
         dx = (djoint_TN @ joined((w_q, w_k, w_v))).view(x.shape) if wanted[0] else None

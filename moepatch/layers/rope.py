@@ -125,6 +125,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: str) -> Tensor:
     return joined.to(x.dtype) if rotated == x.shape[-1] else torch.cat([joined.to(x.dtype), x[..., rotated:]], -1)
 
 
+def dense_rows(table: Tensor) -> Tensor:
+    """Cos or sin as kernels read them, one position after another; in some families they lie with the positions innermost."""
+    return table if table.stride(-1) == 1 else table.contiguous()
+
+
 def reference_heads(
     joint: Tensor, spec: HeadsSpec, q_norm, k_norm, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ from ...trial import Call
 from . import NAMES, register
 from .function import attention_function
 from .masks import Mask
+from .positions import WatchPositions
 from .spec import CAUSAL, AttentionSpec, AttentionUse
 
 # An unpickled model finds its functions without `optimize`.
@@ -119,7 +120,7 @@ ATTENTION_FUNCTION = Kind(
     name="attention_function",
     pattern="attention function",
     backends="attention",
-    steps=lambda module, spec, backend: (SetImplementation(module.config, NAMES[backend]),),
+    steps=lambda module, spec, backend: (SetImplementation(module.config, NAMES[backend]), WatchPositions(module)),
     stand_in=AttentionCalls,
     trial=trial,
     bench=bench,
