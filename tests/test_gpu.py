@@ -149,3 +149,16 @@ def test_a_whole_step_as_a_cuda_graph(name):
     for key, p in model.named_parameters():
         if key in truth:
             assert compare.error(p.grad.float(), truth[key].float()) < 0.02, key
+
+
+def test_a_launch_refuses_tensors_of_the_host():
+    """The second launch of a kind hands addresses to the driver; one of the host's must not be among them."""
+    from moepatch.kernels.norm import norm
+    from moepatch.layers.norm import NormSpec
+
+    spec = NormSpec(width=256, eps=1e-6, weight="weight", cast="before")
+    x, weight = torch.randn(64, 256, device="cuda"), torch.randn(256, device="cuda")
+    first = norm(x, weight, spec)
+    assert torch.equal(norm(x, weight, spec), first)
+    with pytest.raises(ValueError, match="cannot be accessed"):
+        norm(x, weight.cpu(), spec)

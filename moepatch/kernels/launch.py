@@ -52,7 +52,8 @@ class Prepared:
             with torch.cuda.device(device):
                 self(grid, *args)
             return
-        key = (device, *_kinds(args))
+        kinds, values = _kinds(args)
+        key = (device, *kinds)
         found = self._found.get(key)
         if found is None:
             self._found[key] = self._launched_by_triton(grid, args)
@@ -60,7 +61,7 @@ class Prepared:
         run, function, metadata, rest = found
         sizes = (*grid, 1, 1)
         stream = torch._C._cuda_getCurrentRawStream(device)
-        run(sizes[0], sizes[1], sizes[2], stream, function, metadata, None, None, None, *args, *rest)
+        run(sizes[0], sizes[1], sizes[2], stream, function, metadata, None, None, None, *values, *rest)
 
     def _launched_by_triton(self, grid: tuple[int, ...], args: tuple) -> tuple:
         """Launches, and returns what the next launch of this kind needs."""
@@ -86,10 +87,15 @@ def _is_direct(kernel: Any) -> bool:
     return isinstance(kernel, JITFunction) and not (knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls or kernel.pre_run_hooks)
 
 
-def _kinds(args: tuple) -> list:
-    """What Triton specialises on. One loop without calls of our own: it runs for every argument of every launch."""
+def _kinds(args: tuple) -> tuple[list, list]:
+    """What Triton specialises on, and the arguments with addresses in the place of tensors, which spares Triton asking the driver about each.
+
+    One loop without calls of our own: it runs for every argument of every launch. A tensor that is not on a GPU makes a kind of its own, so
+    that it reaches Triton, which refuses it.
+    """
     kinds: list = []
-    for arg in args:
+    values = list(args)
+    for at, arg in enumerate(args):
         if arg is None:
             kinds.append(None)
         elif type(arg) is int:
@@ -98,6 +104,7 @@ def _kinds(args: tuple) -> list:
         elif type(arg) is float:
             kinds.append(float)
         else:
+            values[at] = address = arg.data_ptr()
             kinds.append(arg.dtype)
-            kinds.append(arg.data_ptr() % 16)
-    return kinds
+            kinds.append(address % 16 if arg.is_cuda else "not on a GPU")
+    return kinds, values
