@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ except ImportError:
     triton = None
 
 _CHUNK = 4096  # slots that a program reads at once
+_ALIGNED = 4  # integers of 16 bytes
 _PROGRAMS = 132  # what an H200 runs at the same time, one on each SM
 
 
@@ -91,8 +93,7 @@ def route(topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_experts: int, rows: 
         return route_reference(topk_ids_TK, topk_weights_TK, num_experts, rows)
     ids_S, weights_S = topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
     rows = slots if rows is None else rows
-    order_R, token_R, expert_R = (torch.empty(rows, dtype=torch.int32, device=ids_S.device) for _ in range(3))
-    row_S, ends = (torch.empty(count, dtype=torch.int32, device=ids_S.device) for count in (slots, num_experts + 1))
+    order_R, token_R, expert_R, row_S, ends = _integers((rows, rows, rows, slots, num_experts + 1), ids_S.device)
     weights_R = torch.empty(rows, dtype=wide_type(weights_S.dtype), device=ids_S.device)
     chunk = min(_CHUNK, triton.next_power_of_2(slots))
     chunks = triton.cdiv(slots, chunk)
@@ -104,6 +105,13 @@ def route(topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_experts: int, rows: 
         E=num_experts, K=top_k, CHUNK=chunk, num_warps=16 if chunk == _CHUNK else 4,
     )  # fmt: skip
     return Routing(order_R, token_R, row_S, expert_R, ends, weights_R, top_k)
+
+
+def _integers(counts: tuple[int, ...], device: torch.device) -> Sequence[Tensor]:
+    """Uninitialised int32 tensors: parts of one allocation, where that leaves each aligned as an allocation of its own is."""
+    if any(count % _ALIGNED for count in counts[:-1]):
+        return [torch.empty(count, dtype=torch.int32, device=device) for count in counts]
+    return torch.empty(sum(counts), dtype=torch.int32, device=device).split(counts)
 
 
 def route_reference(topk_ids_TK: Tensor, topk_weights_TK: Tensor, num_experts: int, rows: int | None = None) -> Routing:
