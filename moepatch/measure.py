@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -23,7 +21,7 @@ import transformers
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from . import registry, trial
+from . import registry, store, trial
 from .kinds import KINDS
 from .plan import Pattern, Plan
 from .replica import replica, slice_fill
@@ -32,6 +30,7 @@ TOKENS = 4096
 #: How much faster than a backend of higher rank another one has to be: clocks are no better than that, and ranks know of host time beside the call.
 MARGIN = 0.05
 _WARM_UP, _ROUNDS, _CALLS = 3, 3, 4
+_FILE = "choices.json"
 
 
 def fastest(model: nn.Module, plan: Plan, stream: TextIO | None = None) -> Plan:
@@ -46,10 +45,11 @@ def fastest(model: nn.Module, plan: Plan, stream: TextIO | None = None) -> Plan:
         The plan; `Pattern.why` of a measured one has the milliseconds of every backend that was tried.
     """
     stream = stream or sys.stderr
-    cache = _read_cache()
+    cache = store.read(_FILE)
     todo = [p for p in plan.patterns if _candidates(p)]
     fresh = [p for p in todo if _key(p) not in cache]
-    for at, pattern in enumerate(fresh, 1):
+    _start_compilers(fresh)
+    for at, pattern in enumerate(reversed(fresh), 1):  # experts come last: their compilers take a while to start
         if stream.isatty():
             stream.write(f"\r\033[Kmoepatch: timing backends, {at} of {len(fresh)}: {pattern.name} ({', '.join(_candidates(pattern))})")
             stream.flush()
@@ -57,7 +57,7 @@ def fastest(model: nn.Module, plan: Plan, stream: TextIO | None = None) -> Plan:
     if fresh:
         if stream.isatty():
             stream.write("\r\033[K")
-        _write_cache(cache)
+        store.add(_FILE, {_key(p): cache[_key(p)] for p in fresh})
     chosen = {id(p): _decided(p, cache[_key(p)]) for p in todo}
     return replace(plan, patterns=tuple(chosen.get(id(p), p) for p in plan.patterns))
 
@@ -71,10 +71,12 @@ def agreed(plan: Plan) -> Plan:
     return replace(plan, patterns=tuple(replace(p, backend=name, why=why) for p, (name, why) in zip(plan.patterns, chosen[0], strict=True)))
 
 
-def cache_directory() -> Path:
-    """``$MOEPATCH_CACHE``, else ``moepatch`` in the user's cache directory."""
-    base = os.environ.get("MOEPATCH_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moepatch")
+def _start_compilers(patterns: list[Pattern]) -> None:
+    """Starts the processes in which QuACK compiles, if it is among those to be timed: they get ready while others are."""
+    if any("quack" in _candidates(pattern) for pattern in patterns):
+        from .experts.quack_tiles import start_workers
+
+        start_workers()
 
 
 def _candidates(pattern: Pattern) -> list[str]:
@@ -140,21 +142,3 @@ def _key(pattern: Pattern) -> str:
     device = torch.cuda.get_device_name(torch.device(site.device))
     facts = (site.kind, site.spec.describe(), site.spec.to_dict(), site.dtype, device, torch.__version__, transformers.__version__, _candidates(pattern))
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-def _read_cache() -> dict[str, dict[str, float | str]]:
-    try:
-        return json.loads((cache_directory() / "choices.json").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def _write_cache(cache: dict) -> None:
-    """In one step, so that processes that start together do not read half a file. A directory that cannot be written only costs time."""
-    try:
-        cache_directory().mkdir(parents=True, exist_ok=True)
-        part = cache_directory() / f"choices.json.{os.getpid()}"
-        part.write_text(json.dumps(cache, indent=1))
-        part.replace(cache_directory() / "choices.json")
-    except OSError:
-        return

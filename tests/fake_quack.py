@@ -6,10 +6,11 @@ Operands arrive as they do there: at a first call in torch's orientation, at a l
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
-from moepatch.experts import quack, quack_calls
+from moepatch.experts import quack, quack_calls, quack_gemms, quack_tiles
 from moepatch.experts.quack_epilogues import Epilogues
 
 TILE = 16
@@ -30,11 +31,11 @@ class Epilogue:
         self.sinks = {"dot": Dot()} if kind == "backward" else {}
 
     def gemm(self, a, b, d, c, *, epi_args, cu_seqlens_m, A_idx, b_kn=False, concat_layout=None, **tiles):
-        plan = SimpleNamespace(epilogue=self, b_kn=b_kn, concat=concat_layout)
+        plan = SimpleNamespace(epilogue=self, b_kn=b_kn, concat=concat_layout, tile_n=tiles["tile_N"])
         run_gemm_epi_plan(plan, a, b, d, c, epi_args, cu_seqlens_m=cu_seqlens_m, A_idx=A_idx)
         return plan
 
-    def finish(self, acc, pre, d, values, rows, experts):
+    def finish(self, acc, pre, d, values, rows, experts, tile_n):
         activation, wide = self.activation, torch.float32
         split = (lambda t: (t[:, ::2], t[:, 1::2])) if self.gated else (lambda t: (t, None))
         if self.kind != "backward":
@@ -49,7 +50,7 @@ class Epilogue:
         grads = activation.backward(acc * weight, gate, up)
         d[rows] = (torch.stack(grads, -1).flatten(1) if self.gated else grads[0]).to(d.dtype)
         values["h"][rows] = (h * weight).to(d.dtype)
-        tiles = (h * acc).split(TILE, 1)
+        tiles = (h * acc).split(tile_n, 1)
         assert values["dot"].shape[1] == len(tiles)
         values["dot"][rows] = torch.stack([t.sum(1) for t in tiles], 1)
 
@@ -84,19 +85,7 @@ def run_gemm_epi_plan(plan, a, b, d, c, values, *, cu_seqlens_m, A_idx):
     assert set(values) == {"forward": {"h"}, "forward_with_bias": {"h", "bias"}, "backward": {"h", "weight", "dot"}}[plan.epilogue.kind]
     for expert, rows in groups(cu_seqlens_m):
         acc = a[A_idx[rows]].float() @ b[expert].float().T
-        plan.epilogue.finish(acc, c, d, values, list(rows), expert)
-
-
-def tuned_mod_gemm(epilogue, a, b, d, c, *, epi_args, **keywords):
-    dots = epi_args.get("dot")
-    if dots is not None:  # as wide as any tiling needs, of which the best tiling takes a part
-        epi_args = {**epi_args, "dot": dots[:, : dots.shape[1] - 1]}
-    plan = epilogue.gemm(a, b, d, c, epi_args=epi_args, **keywords)
-    return SimpleNamespace(plan=plan, sinks={"dot": epi_args["dot"]} if dots is not None else {})
-
-
-def sink_arg_shapes(epilogue, rows, n, device):
-    return {"dot": (rows, -(-n // TILE) + 1)}
+        plan.epilogue.finish(acc, c, d, values, list(rows), expert, plan.tile_n)
 
 
 def gemm_tuned(a, b, out, *, cu_seqlens_m=None, cu_seqlens_k=None, A_idx=None, concat_layout=None, config=None):
@@ -131,11 +120,30 @@ def fake_epilogues(activation):
     return Epilogues(activation, gated, *(Epilogue(activation, gated, kind) for kind in ("forward", "forward_with_bias", "backward")))
 
 
+class Tiling(NamedTuple):
+    """What of QuACK's configurations is read."""
+
+    tile_m: int = TILE
+    tile_n: int = TILE
+    pingpong: bool = False
+    cluster_m: int = 1
+    cluster_n: int = 1
+    tile_k: int | None = None
+    max_swizzle_size: int = 8
+
+
 def install(monkeypatch, tuned_from=1 << 60):
-    """Lets `moepatch.experts.quack` compute with these functions."""
-    tiles = SimpleNamespace(tile_m=TILE, tile_n=TILE, tile_k=None, cluster_m=1, cluster_n=1, pingpong=False, max_swizzle_size=8)
-    functions = quack_calls._Library(lambda device: tiles, gemm_tuned, run_gemm_plan, tuned_mod_gemm, sink_arg_shapes, run_gemm_epi_plan)
-    monkeypatch.setattr(quack_calls, "library", lambda: functions)
+    """Lets `moepatch.experts.quack` compute with these functions. Returns what is on file about tiles."""
+    functions = quack_gemms.Library(lambda device: Tiling(), gemm_tuned, run_gemm_plan, run_gemm_epi_plan)
+    on_file = {}
+    for module in (quack_gemms, quack_calls):
+        monkeypatch.setattr(module, "library", lambda: functions)
     monkeypatch.setattr(quack_calls, "TUNED_FROM", tuned_from)
     monkeypatch.setattr(quack_calls, "_PLANS", {})
     monkeypatch.setattr(quack, "epilogues", fake_epilogues)
+    monkeypatch.setattr(quack_tiles, "store", SimpleNamespace(read=lambda name: dict(on_file), add=lambda name, entries: on_file.update(entries)))
+    monkeypatch.setattr(quack_tiles, "possible", lambda problem: [Tiling(), Tiling(tile_n=2 * TILE, pingpong=True), Tiling(tile_m=2 * TILE)])
+    monkeypatch.setattr(quack_tiles, "compile_together", lambda jobs: [run(tiles) for run, tiles in jobs])
+    monkeypatch.setattr(quack_tiles, "_machine", lambda device: "a machine")
+    monkeypatch.setattr(quack_tiles, "_milliseconds", lambda run, device: run() is not None and 1.0)
+    return on_file

@@ -12,7 +12,8 @@ import test_experts_fused
 import torch
 from test_gpu import run
 
-from moepatch.experts import fused, quack
+from moepatch import store
+from moepatch.experts import fused, quack, quack_calls, quack_tiles
 from moepatch.experts.activation import Activation
 from moepatch.experts.fused import fused_experts
 from moepatch.experts.quack import quack_experts
@@ -67,6 +68,30 @@ def test_triton_in_fp32_with_rarer_arithmetic(form):
 @pytest.mark.parametrize(("case", "kind"), list(itertools.product(QUACK_CASES, test_experts.ROUTINGS)))
 def test_quack_three_ways(case, kind):
     three_ways(quack_experts, *case, kind)
+
+
+def test_quack_chooses_tiles_once(monkeypatch, tmp_path, capsys):
+    """The first call of a class times a few tilings; another process knows the answer and says nothing. Numbers do not depend on it."""
+    monkeypatch.setenv("MOEPATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(quack_tiles, "TRIED", 2)
+    module, spec = test_experts.experts("plain", dtype=torch.bfloat16, **SIZES)
+    compute = usable(quack_experts, spec)
+    ids, weights = (t.cuda() for t in test_experts.routing("sentinels", tokens=4096))
+    module.cuda()
+    monkeypatch.setattr(quack_calls, "_PLANS", {})
+    found = [run(compute, module, spec, ids, weights, torch.bfloat16)]
+    said = capsys.readouterr().err
+    assert said.count("moepatch: QuACK's tiles") == 6 and len(store.read("quack_tiles.json")) == 6
+    for _ in range(2):  # as a new process does, and along the plans
+        if len(found) == 1:
+            quack_calls._PLANS.clear()
+        found.append(run(compute, module, spec, ids, weights, torch.bfloat16))
+    assert "moepatch" not in capsys.readouterr().err
+    assert all(torch.equal(found[0][key], again[key]) for again in found[1:] for key in again)
+    truth = run(fused_experts, module, spec, ids, weights, torch.bfloat16)
+    assert all(compare.error(found[0][key], value) < 0.02 for key, value in truth.items())
+    with capsys.disabled():
+        print("\n" + said)
 
 
 @pytest.fixture(params=[fused_experts, quack_experts], ids=["triton", "quack"])

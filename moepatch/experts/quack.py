@@ -20,8 +20,10 @@ from ..kernels.routes import route
 from ..layout.ops import Transpose
 from ..needs import BF16_FP16, missing
 from . import quack_calls as calls
+from . import quack_gemms
 from .fused import Operands, down_bias_gradient, fused_experts, keep_routing, kept_routing, operands_of
 from .quack_epilogues import epilogues, has
+from .shrink import cut_later
 from .spec import ExpertsSpec, ExpertWeights
 
 _WIDTHS = 8  # elements of 2 bytes that QuACK reads at a time
@@ -57,7 +59,7 @@ def _why_not_importable() -> str | None:
     if importlib.util.find_spec("quack") is None:
         return "not installed (pip install moepatch[quack])"
     try:
-        calls.library()
+        quack_gemms.library()
     except Exception as error:
         version = importlib.metadata.version("quack-kernels")
         return f"quack-kernels {version} is installed, but its import fails ({type(error).__name__}: {error}); 0.6.4 works"
@@ -87,11 +89,14 @@ class _QuackExperts(torch.autograd.Function):
         x_TH = _readable(x_TH.contiguous())
         routing = route(topk_ids_TK, topk_weights_TK, spec.num_experts, weights.rows)
         bias_EN = _alternating(operands.up_bias) if halves and operands.up_bias is not None else operands.up_bias
-        pre, h_RI = calls.activate(x_TH, operands.up, bias_EN, routing, act, halves)
+        train = any(ctx.needs_input_grad)
+        pre, h_RI = calls.activate(x_TH, operands.up, bias_EN, routing, act, halves, operands.down, train)
         y_RH = calls.project(h_RI, operands.down, routing)
         y_TH, _ = combine_rows(y_RH, routing, scaled=True, bias_EH=operands.down_bias)
         ctx.halves, ctx.epilogues, ctx.weights_dtype = halves, act, topk_weights_TK.dtype
         keep_routing(ctx, routing, x_TH, pre, *tensors)
+        if weights.ranks > 1 and weights.rows is None:
+            cut_later(pre, routing.ends, weights.ranks)
         return y_TH
 
     @staticmethod
@@ -107,11 +112,11 @@ class _QuackExperts(torch.autograd.Function):
         grad_pre, h_RI, dots_RP = calls.differentiate(grad_TH, operands.down, pre, routing, ctx.epilogues)
         grad_down = grad_up = None
         if needs.down:
-            grad_down = _empty_like(operands.down)
+            grad_down = quack_gemms.empty_like(operands.down)
             calls.outer_sums(grad_TH, h_RI, grad_down, routing)
         del h_RI
         if needs.up:
-            grad_up = _empty_like(operands.up)
+            grad_up = quack_gemms.empty_like(operands.up)
             calls.outer_sums(x_TH, grad_pre, grad_up.mT, routing, halves)
         grad_down_bias = down_bias_gradient(grad_TH, operands, routing) if needs.down_bias else None
         grad_up_bias = None
@@ -133,12 +138,6 @@ def _readable(t: Tensor) -> Tensor:
     strides = t.stride()
     contiguous = 1 in strides[-2:] and all(s == 1 or s % _WIDTHS == 0 for s in strides)
     return t if contiguous and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
-
-
-def _empty_like(w_ENK: Tensor) -> Tensor:
-    """With the memory order of a weight, so that autograd keeps it as its gradient without a copy."""
-    experts, n, k = w_ENK.shape
-    return w_ENK.new_empty(experts, n, k) if w_ENK.stride(-1) == 1 else w_ENK.new_empty(experts, k, n).mT
 
 
 def _alternating(bias_EN: Tensor) -> Tensor:
