@@ -80,6 +80,41 @@ def _quack():
     return quack_experts
 
 
+def _te_serves(spec, dtype, device):
+    from .experts.te import why_not
+
+    return why_not(spec, dtype, device)
+
+
+@register_backend("experts", "te", rank=-10, serves="Transformer Engine, a GEMM an expert; one host sync; by name only", why_not=_te_serves)
+def _te():
+    from .experts.te import te_experts
+
+    return te_experts
+
+
+def _te_fp8_serves(spec, dtype, device):
+    from .experts.te import why_not_fp8
+
+    return why_not_fp8(spec, dtype, device)
+
+
+def _fp8_rounded(module):
+    from .experts.te_rounding import round_products
+
+    return round_products(module)
+
+
+@register_backend(
+    "experts", "te_fp8", rank=-10, serves="Transformer Engine, FP8 with current scaling; one host sync; by name only",
+    why_not=_te_fp8_serves, exact=lambda spec: False, rounded=_fp8_rounded,
+)  # fmt: skip
+def _te_fp8():
+    from .experts.te import te_fp8_experts
+
+    return te_fp8_experts
+
+
 @register_backend("parallel_linear", "reference", rank=0, serves="a loop over the experts")
 def _reference_linear():
     from .experts.parallel_linear import reference_linear

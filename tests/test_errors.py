@@ -180,7 +180,7 @@ def test_an_unknown_experts_module_is_refused_and_the_rest_is_patched(qwen3):
 
 def test_unknown_options_and_backends_are_refused_with_what_exists(qwen3):
     refused(qwen3, moepatch.PlanMismatch, r"no option 'expert'\. Did you mean 'experts'\?", expert="torch")
-    refused(qwen3, moepatch.BackendUnavailable, r"No backend named 'cutlass' for 'experts'\. There are: quack, triton, torch, reference\.", experts="cutlass")
+    refused(qwen3, moepatch.BackendUnavailable, r"No backend named 'cutlass' for 'experts'\. There are: quack, triton, torch, reference, te, te_fp8\.", experts="cutlass")
 
 
 def test_a_backend_that_cannot_serve_says_why():

@@ -149,7 +149,7 @@ def test_a_plan_prints_becomes_json_and_is_edited(qwen3):
     data = json.loads(plan.to_json())
     assert data["patterns"][0]["fqns"] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     choices = data["patterns"][0]["choices"]
-    assert list(choices) == ["quack", "triton", "torch", "reference"] and choices["torch"] == choices["reference"] == "available"
+    assert list(choices) == ["quack", "triton", "torch", "reference", "te", "te_fp8"] and choices["torch"] == choices["reference"] == "available"
     data["patterns"][0]["planned"] = "reference"
     data["patterns"][0]["fqns"] = data["patterns"][0]["fqns"][1:]
     edited = plan.edited(json.dumps(data))
