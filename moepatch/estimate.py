@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from .experts.spec import ExpertsSpec
 from .kinds import KINDS
 from .plan import Pattern, Plan
 from .site import Refusal, Site
@@ -42,6 +44,7 @@ class ExpertGroup:
         top_k: how many it chooses (K): one value, several if layers differ, empty if the configuration does not say.
         params: weights of all experts of all modules of the group.
         served: False for modules that were refused.
+        kept_per_token: bytes that the backward pass of one module needs of a token, beside the token itself; None where they are not known.
     """
 
     class_name: str
@@ -52,6 +55,7 @@ class ExpertGroup:
     top_k: tuple[int, ...]
     params: int
     served: bool
+    kept_per_token: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -63,6 +67,7 @@ class ExpertGroup:
             "top_k": list(self.top_k),
             "params": self.params,
             "served": self.served,
+            "kept_per_token": self.kept_per_token,
         }
 
 
@@ -152,6 +157,8 @@ def _of_pattern(model: nn.Module, pattern: Pattern) -> tuple[ExpertGroup, int | 
     chosen = [_site_top_k(model, site.fqn, site.spec) for site in pattern.sites]
     label = pattern.site.spec.to_dict()["layout"]
     group = _group(pattern.site.class_name, label, pattern.site.spec.describe(), choices, chosen, params, pattern.backend is not None)
+    if isinstance(spec, ExpertsSpec) and len(group.top_k) == 1:
+        group = replace(group, kept_per_token=spec.kept_per_token(group.top_k[0], getattr(torch, pattern.site.dtype).itemsize))
     return group, _active(params, chosen, choices)
 
 

@@ -162,3 +162,23 @@ def test_a_launch_refuses_tensors_of_the_host():
     assert torch.equal(norm(x, weight, spec), first)
     with pytest.raises(ValueError, match="cannot be accessed"):
         norm(x, weight.cpu(), spec)
+
+
+def test_experts_keep_what_the_report_says():
+    """Beside tokens and weights, which others hold: the pre-activation, and the routing of each row."""
+    from moepatch.experts.fused import fused_experts
+
+    module, spec = test_experts.experts("plain", hidden=256, intermediate=128, dtype=torch.bfloat16)
+    module.cuda()
+    ids, weights = (t.cuda() for t in test_experts.routing("random", tokens=512))
+    x, kept = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True), {}
+    held = {t.untyped_storage().data_ptr() for t in (x, ids, weights, *module.parameters())}
+
+    def pack(t):
+        kept[t.data_ptr()] = 0 if t.untyped_storage().data_ptr() in held else t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fused_experts(x, ids, weights.float().requires_grad_(), ExpertWeights(module, spec, None, torch.bfloat16))
+    ends = 4 * (spec.num_experts + 1)
+    assert sum(kept.values()) == 512 * spec.kept_per_token(ids.shape[1], 2) + ends

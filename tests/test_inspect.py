@@ -125,7 +125,7 @@ def test_golden_text(folder, bare_machine):
         Qwen3MoeForCausalLM  276.51 K params, 110.62 K active  3 layers
           bfloat16 540.1 KiB
         experts  3 × Qwen3MoeExperts  fused 3-D  E=8 K=2 H=64 I=48 swiglu
-          221.18 K (80 %)
+          221.18 K (80 %)  keeps 2 MiB a layer of 4,096 tokens
 
         mixture of experts   count  now               planned     why, or why not
         experts: fused 3-D       3  grouped_mm        torch       fallback; not
@@ -200,6 +200,7 @@ def test_golden_json(folder, bare_machine):
                 "top_k": [2],
                 "params": 221184,
                 "served": True,
+                "kept_per_token": 2 * (2 * 48 * 2 + 16),
             }
         ],
     }
@@ -227,6 +228,7 @@ def test_numbers_of_a_known_model():
     assert parts == ["Qwen3MoeForCausalLM", "30.53 B params, 3.35 B active", "48 layers", "bfloat16 56.9 GiB"]
     (group,) = inspection.estimate.groups
     assert words.expert_sizes(group) == "E=128 K=8 H=2048 I=768 swiglu"
+    assert words.kept(group) == "96 MiB a layer of 4,096 tokens"
     assert config.dtype is None  # what was passed in is not changed
 
 

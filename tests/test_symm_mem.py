@@ -24,7 +24,7 @@ from moepatch import registry
 from moepatch.dispatch.all_to_all import AllToAll
 from moepatch.dispatch.one_host import HostNumbers
 from moepatch.dispatch.symm_mem import SymmMem, why_not
-from moepatch.kernels import symm_mem as kernels
+from moepatch.kernels import symm_mem_back, symm_mem_out
 from moepatch.kernels.symm_mem import Edges, Peers
 
 E, K, H = 8, 4, 24
@@ -169,7 +169,7 @@ def test_why_not():
 
 def in_turns(world, kind, counts, dtype, functions, programs):
     """Every kernel of one dispatch and combine between simulated ranks: buffers in a list, one rank after the other."""
-    fetch_tokens, fetch_rows, stage_rows, bring_back = functions
+    publish, fetch_tokens, fetch_rows, stage_rows, bring_back = functions
     edges = Edges(counts, torch.tensor([sum(counts[:r]) for r in range(world + 1)], dtype=torch.int32))
     routes = [routing(kind, tokens, rank, top_k=3) for rank, tokens in enumerate(counts)]
     generator = torch.Generator().manual_seed(0)
@@ -178,32 +178,33 @@ def in_turns(world, kind, counts, dtype, functions, programs):
     address_W = torch.tensor([b.data_ptr() for b in buffers])
     peers = [Peers(buffers, address_W, rank) for rank in range(world)]
     at, results = (128, 1 << 14, (1 << 14) + 4096), []
-    for rank, (x, (ids, weights)) in enumerate(zip(xs, routes, strict=True)):
-        for offset, data in zip(at, (x, ids.to(torch.int32), weights), strict=True):
-            peers[rank].view(rank, offset, tuple(data.shape), data.dtype).copy_(data)
-    received = [fetch_tokens(peers[r], at, xs[r], routes[r][1], edges, E // world, programs) for r in range(world)]
+    for r in range(world):
+        publish(peers[r], at, xs[r], routes[r][0], routes[r][1].to(dtype), torch.float32, 1.0, programs)
+    received = [fetch_tokens(peers[r], at, xs[r], routes[r][1].to(dtype), edges, E // world, programs) for r in range(world)]
     results += [t for rank in received for t in rank]
+    for r in range(world):
+        publish(peers[r], at, xs[r], None, None, torch.float32, 1 / 3, programs)
     results += [fetch_rows(peers[r], at[0], xs[r], received[r][1], edges, programs) for r in range(world)]
     ys = [received[r][0] * (r + 2) for r in range(world)]
     rows_at = (1 << 15, (1 << 15) + (1 << 14))
-    for r in range(world):
-        stage_rows(peers[r], rows_at[0], ys[r], received[r][1], edges, programs)
-        peers[r].view(r, rows_at[1], tuple(received[r][2].shape), torch.float32).copy_(received[r][2] * 3)
-    for numbers in (torch.float32, None):
+    for numbers, factor in ((True, 3.0), (False, 1.0)):
         for r in range(world):
-            results += bring_back(peers[r], rows_at, ys[r], routes[r][0], edges, E // world, numbers, programs)
+            stage_rows(peers[r], rows_at, ys[r], received[r][1], received[r][2] * 3 if numbers else None, edges, programs)
+        dtypes = (torch.float32, dtype) if numbers else None
+        for r in range(world):
+            results += bring_back(peers[r], rows_at, ys[r], routes[r][0], edges, E // world, dtypes, factor, programs)
     return [t for t in results if t is not None], buffers
 
 
 def check_kernels():
     """Each Triton kernel against its reference, bit by bit, buffers included."""
-    names = ("fetch_tokens", "fetch_rows", "stage_rows", "bring_back")
+    names = [(symm_mem_out, n) for n in ("publish_tokens", "fetch_tokens", "fetch_rows")] + [(symm_mem_back, n) for n in ("stage_rows", "bring_back")]
     done = 0
     for world, counts in ((1, (5,)), (2, (6, 3)), (2, (0, 4)), (4, (2, 0, 5, 1))):
         for kind in ROUTINGS:
             for dtype in (torch.float32, torch.float16):  # Triton's interpreter truncates to bf16 where GPUs round
-                want = in_turns(world, kind, counts, dtype, [getattr(kernels, f"{n}_reference") for n in names], 1)
-                got = in_turns(world, kind, counts, dtype, [getattr(kernels, n) for n in names], 3)
+                want = in_turns(world, kind, counts, dtype, [getattr(module, f"{n}_reference") for module, n in names], 1)
+                got = in_turns(world, kind, counts, dtype, [getattr(module, n) for module, n in names], 3)
                 for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True):
                     assert a.dtype == b.dtype and torch.equal(a, b), (world, counts, kind, dtype)
                 done += 1

@@ -42,6 +42,7 @@ class AllToAll:
     """
 
     name = "all_to_all"
+    averages = False
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int):
         self.group = group

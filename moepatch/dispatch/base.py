@@ -32,9 +32,16 @@ class Received:
 
 
 class Dispatcher(Protocol):
-    """Not an ``nn.Module``: dispatchers have no parameters and no buffers."""
+    """Not an ``nn.Module``: dispatchers have no parameters and no buffers.
+
+    Attributes:
+        name: for people.
+        averages: True if the gradient of what is combined arrives at the rows divided by the number of ranks, and `dispatch` multiplies
+            theirs by it, in passes that it makes anyway. One without this attribute, or with False, leaves gradients as they are.
+    """
 
     name: str
+    averages: bool
 
     def dispatch(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Received:
         """Sends tokens to the ranks of their experts. Ids are global; an id outside ``0 … E-1`` goes nowhere. Differentiable in x and weights.

@@ -92,6 +92,7 @@ class DeepEP:
     """
 
     name = "deep_ep"
+    averages = False
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int, *, num_sms: int | None = None):
         reason = why_not_group(group, num_experts)

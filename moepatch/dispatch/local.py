@@ -13,6 +13,7 @@ class Local:
     """The contract of `base.Dispatcher` for ``ep=1``; takes the arguments of the others."""
 
     name = "local"
+    averages = False
 
     def __init__(self, group: dist.ProcessGroup | None, num_experts: int):
         self.num_experts = num_experts

@@ -19,6 +19,7 @@ from ..kernels.routes import Routing, launches, route
 from ..needs import missing
 from .gemm import rows_times, weight_gradient, why_not_grouped
 from .grouped import grouped_experts
+from .shrink import cut_later
 from .spec import ExpertsSpec, ExpertWeights
 
 
@@ -88,6 +89,8 @@ class _FusedExperts(torch.autograd.Function):
         y_TH, _ = combine_rows(y_RH, routing, scaled=not spec.scale_input, bias_EH=operands.down_bias)
         ctx.spec, ctx.weights_dtype = spec, topk_weights_TK.dtype
         keep_routing(ctx, routing, x_TH, pre, *tensors)
+        if weights.ranks > 1 and weights.rows is None and launches(pre):
+            cut_later(pre, routing.ends, weights.ranks)
         return y_TH
 
     @staticmethod

@@ -60,10 +60,10 @@ class PatchedExperts(Patched):
             y_TH = y_TH + _identity(x_TH, topk_ids_TK, topk_weights_TK, spec)
         return y_TH.view(hidden_states.shape)
 
-    def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None) -> Tensor:
-        """The experts' weighted sum, in the dtype of `x_TH`."""
+    def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None, ranks: int = 1) -> Tensor:
+        """The experts' weighted sum, in the dtype of `x_TH`; `rows` and `ranks` as in `ExpertWeights`."""
         spec = self._moepatch.spec
-        weights = ExpertWeights(self, spec, own_gate(self, spec), x_TH.dtype, rows)
+        weights = ExpertWeights(self, spec, own_gate(self, spec), x_TH.dtype, rows, ranks)
         run = compute("experts", self._moepatch.backend)
         return run(x_TH, topk_ids_TK, topk_weights_TK, weights)
 
@@ -85,7 +85,7 @@ def _compute_dtype(module: nn.Module, spec: ExpertsSpec, device: torch.device) -
     """The dtype of the GEMMs: autocast's where it is on, as for ``nn.Linear``, else that of the weights."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
-    return spec.layout.down.parameters(module)[0].dtype
+    return spec.layout.down.dtype(module)
 
 
 def _identity(x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, spec: ExpertsSpec) -> Tensor:

@@ -60,6 +60,14 @@ class ExpertsSpec:
         bias = (up_rows if self.layout.up_bias else 0) + (self.hidden if self.layout.down_bias else 0)
         return up_rows * self.hidden + self.hidden * self.intermediate + bias
 
+    def kept_per_token(self, top_k: int, itemsize: int) -> int:
+        """Bytes that a layer has to keep of a token for its backward pass, beside the token itself, which its caller holds.
+
+        For each of its `top_k` experts the pre-activation, in elements of `itemsize` bytes, and three integers and the routing weight. With less
+        a GEMM would have to be computed again; with a norm after the experts it takes more.
+        """
+        return top_k * (self.intermediate * (1 if self.layout.gate_form == "none" else 2) * itemsize + 16)
+
     def describe(self) -> str:
         """The sizes and the activation on one line."""
         extra = [f"+{self.identity_experts} identity"] if self.identity_experts else []
@@ -90,6 +98,7 @@ class ExpertWeights(NamedTuple):
         own_gate: the family's gate ``[R, 2I] -> [R, I]`` in the family's own form; used when the activation is ``own``.
         dtype: of the GEMMs; operands are cast to it (autocast), which is free where they have it.
         rows: how many ids of the call name an expert, if the host knows; a backend may use it to make its buffers smaller.
+        ranks: among how many ranks the ids' experts are spread where the host does not know `rows`: about one id in so many names one here.
     """
 
     module: nn.Module
@@ -97,6 +106,7 @@ class ExpertWeights(NamedTuple):
     own_gate: Callable[[Tensor], Tensor] | None
     dtype: torch.dtype
     rows: int | None = None
+    ranks: int = 1
 
     @property
     def post_norm(self) -> Callable[[Tensor], Tensor] | None:

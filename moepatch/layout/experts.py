@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from .ops import Concat, Deinterleave, Interleave, Op, Transpose, Unflatten, apply_chain, invert
 
@@ -33,6 +34,10 @@ class Weight:
     def parameters(self, module: nn.Module) -> tuple[Tensor, ...]:
         """The tensors as the module has them now (a parametrization, such as LoRA's, is applied)."""
         return tuple(resolve(module, name) for name in self.names)
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """Of the parameters."""
+        return _held(module, self.names[0]).dtype
 
     def canonical(self, module: nn.Module) -> Tensor:
         """The canonical tensor; differentiable, and a copy where the layout has to move data."""
@@ -134,8 +139,33 @@ def flat_layout(*, gate: str, up: str, down: str, num_experts: int) -> ExpertsLa
 
 def resolve(module: nn.Module, path: str) -> Tensor:
     """The tensor at a dotted path below `module`, through properties (so that parametrizations are seen); this rank's part of a DTensor."""
+    tensor = _held(module, path)
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if torch.compiler.is_compiling() or not all(type(placement) is Shard for placement in tensor.placements):
+        return tensor.to_local()
+    return _Local.apply(tensor)
+
+
+def _held(module: nn.Module, path: str) -> Tensor:
     *parents, name = path.split(".")
     for parent in parents:
         module = getattr(module, parent)
-    tensor = getattr(module, name)
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return getattr(module, name)
+
+
+class _Local(torch.autograd.Function):
+    """``DTensor.to_local()`` for shards, by less Python: it runs for every expert weight of every step, in both directions."""
+
+    @staticmethod
+    def forward(ctx, whole):
+        local = whole._local_tensor
+        ctx.spec, ctx.stride = whole._spec, local.stride()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx, grad):
+        spec = ctx.spec
+        if torch.is_grad_enabled() or grad.stride() != ctx.stride:
+            return DTensor.from_local(grad, spec.mesh, spec.placements, run_check=False)
+        return DTensor(grad, spec, requires_grad=False)

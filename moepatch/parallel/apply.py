@@ -21,6 +21,7 @@ from ..plan import Plan
 from ..site import Site
 from ..surgery import Journal, ReplaceState
 from .experts import PatchedShardedExperts, ShardedState
+from .gather import GatherAhead, NoGatherInBackward, Stay, ends, layer_lists, may_stay, units
 from .mesh import Meshes, resolve
 from .shard import FullyShard, ShardExperts
 from .trainer import AnswerTrainer, ShardedModel
@@ -48,12 +49,31 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fs
             journal.do(FullyShard(module, meshes.experts, others))
     if fsdp:
         ignored = {p for module in sharded for p in module.parameters() if isinstance(p, DTensor)}
-        for unit in units(model):
-            _shard_odd_dtypes(unit, meshes.dense, ignored, journal)
-            journal.do(FullyShard(unit, meshes.dense, ignored))
-        _shard_odd_dtypes(model, meshes.dense, ignored, journal)
-        # Embeddings, final norm and head stay gathered between forward and backward: they are used at both ends of it.
-        journal.do(FullyShard(model, meshes.dense, ignored, reshard_after_forward=False))
+        _shard_dense(model, meshes.dense, ignored, journal)
+
+
+def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> None:
+    """FSDP2 for everything that is not an expert: a unit for each layer, for embeddings and for the head, and the root with the rest."""
+    lists, (embeddings, head) = layer_lists(model), ends(model)
+    layers = units(model)
+    stay = may_stay(layers, ignored)
+    parted: list[nn.Module] = []
+    for layer in layers:
+        parted += _shard_odd_dtypes(layer, mesh, ignored, journal, reshard_after_forward=not stay)
+        journal.do(FullyShard(layer, mesh, ignored, reshard_after_forward=not stay))
+        parted.append(layer)
+    if embeddings is not None:
+        journal.do(FullyShard(embeddings, mesh, ignored))
+        journal.do(NoGatherInBackward(embeddings))
+    if head is not None:
+        # The loss may read its weight after its forward, and the backward begins with it.
+        journal.do(FullyShard(head, mesh, ignored, reshard_after_forward=False))
+    _shard_odd_dtypes(model, mesh, ignored, journal)
+    journal.do(FullyShard(model, mesh, ignored, reshard_after_forward=False))
+    chains = [[embeddings, *lists[0], head]] if len(lists) == 1 else lists
+    for chain in chains:
+        journal.do(GatherAhead([module for module in chain if module is not None]))
+    journal.do(Stay(model, parted if stay else [], head))
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,9 @@ def _split(model: nn.Module, site: Site, meshes: Meshes, dispatch: Dispatch, jou
     return module
 
 
-def _shard_odd_dtypes(unit: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> None:
+def _shard_odd_dtypes(
+    unit: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal, reshard_after_forward: bool = True
+) -> list[nn.Module]:
     """Gives modules whose dtype is not that of most of the unit (norms and routers kept in fp32) units of their own: FSDP2 wants one dtype."""
     counts: dict[torch.dtype, int] = {}
     owners: dict[int, tuple[nn.Module, set[torch.dtype]]] = {}
@@ -155,15 +177,7 @@ def _shard_odd_dtypes(unit: nn.Module, mesh: DeviceMesh, ignored: set[nn.Paramet
                 counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
                 owners.setdefault(id(module), (module, set()))[1].add(p.dtype)
     usual = max(counts, key=counts.get, default=None)
-    for module, dtypes in owners.values():
-        if dtypes != {usual} and module is not unit:
-            journal.do(FullyShard(module, mesh, ignored))
-
-
-def units(model: nn.Module) -> list[nn.Module]:
-    """The modules that FSDP2 gathers one at a time: the elements of the outermost lists of modules, such as decoder layers."""
-    found: list[nn.Module] = []
-    for child in model.children():
-        elements = list(child) if isinstance(child, nn.ModuleList) else []
-        found += [e for e in elements if next(e.parameters(), None) is not None] if elements else units(child)
-    return list({id(unit): unit for unit in found}.values())
+    odd = [module for module, dtypes in owners.values() if dtypes != {usual} and module is not unit]
+    for module in odd:
+        journal.do(FullyShard(module, mesh, ignored, reshard_after_forward=reshard_after_forward))
+    return odd

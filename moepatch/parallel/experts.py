@@ -34,19 +34,22 @@ class PatchedShardedExperts(PatchedExperts):
 
     Gradients: every rank's loss counts 1/ranks of the whole, because data parallelism averages gradients over ranks. An expert's weight is
     averaged over those ranks that hold a copy of it, but gets gradients from the tokens of all `ranks` that share it, so they are divided by
-    `ranks` here: on their way in, where it costs a pass over the tokens instead of one over the weights; what goes on to tokens and routing
-    weights is multiplied back.
+    `ranks` on their way in; what goes on to tokens and routing weights is multiplied back. The dispatcher does it in passing, or it costs
+    passes over the tokens here, never one over the weights.
     """
 
     _moepatch: ShardedState
 
-    def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None) -> Tensor:
+    def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None, ranks: int = 1) -> Tensor:
         state = self._moepatch
-        received = state.dispatcher.dispatch(x_TH, topk_ids_TK, topk_weights_TK)
-        x_NH = _ScaleGradient.apply(received.x_NH, float(state.ranks))
-        weights_NK = _ScaleGradient.apply(received.weights_NK, float(state.ranks))
-        y_NH = super()._through_experts(x_NH, received.ids_NK, weights_NK, received.rows)
-        return state.dispatcher.combine(_ScaleGradient.apply(y_NH, 1 / state.ranks), received.handle)
+        dispatcher, ranks = state.dispatcher, state.ranks
+        received = dispatcher.dispatch(x_TH, topk_ids_TK, topk_weights_TK)
+        if ranks == 1 or getattr(dispatcher, "averages", False):
+            y_NH = super()._through_experts(received.x_NH, received.ids_NK, received.weights_NK, received.rows, ranks)
+            return dispatcher.combine(y_NH, received.handle)
+        x_NH, weights_NK = (_ScaleGradient.apply(t, float(ranks)) for t in (received.x_NH, received.weights_NK))
+        y_NH = super()._through_experts(x_NH, received.ids_NK, weights_NK, received.rows, ranks)
+        return dispatcher.combine(_ScaleGradient.apply(y_NH, 1 / ranks), received.handle)
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -118,8 +118,8 @@ def _experts(inspection: Inspection) -> str:
     groups = inspection.estimate.groups
     if not groups:
         return ""
-    rows = ([escape(part) for part in words.group_parts(group, inspection.estimate)] for group in groups)
-    return _block("Experts", _table(("modules", "layout", "sizes", "parameters"), rows))
+    rows = ([escape(part) for part in (*words.group_parts(group, inspection.estimate), words.kept(group))] for group in groups)
+    return _block("Experts", _table(("modules", "layout", "sizes", "parameters", "kept for the backward pass"), rows))
 
 
 def _patterns(plan: Plan, before: str, after: str) -> str:

@@ -83,7 +83,8 @@ def view_of_inspection(inspection: Inspection) -> Group:
     name, *rest = words.model_parts(inspection)
     lines = [_Line([(name, "bold"), *((part, "") for part in rest)])]
     for group in inspection.estimate.groups:
-        lines.append(_Line([("experts", "bold"), *((p, "") for p in words.group_parts(group, inspection.estimate))]))
+        kept = [f"keeps {words.kept(group)}"] if words.kept(group) else []
+        lines.append(_Line([("experts", "bold"), *((p, "") for p in (*words.group_parts(group, inspection.estimate), *kept))]))
     titles = ("before", "now") if inspection.patched else ("now", "planned")
     style = {0: "green", 2: "yellow", 3: "red"}[inspection.exit_code]
     end = [_fact("files", words.sizes(inspection.weights.bytes_by_dtype))] if inspection.weights is not None else []

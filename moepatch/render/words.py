@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..report import Report
     from ..site import Refusal
 
+#: Of a step that memory is said for.
+_TOKENS = 4096
 #: Runs of layer numbers beyond this many are cut in the middle.
 _MOST_RUNS = 8
 #: Reasons that differ from backend to backend in how they are put. What exactly is missing is said in the table of backends and in JSON.
@@ -117,6 +119,11 @@ def group_parts(group: ExpertGroup, estimate: Estimate) -> list[str]:
     """The line about one group of experts, in pieces that should not be broken."""
     share = f"{amount(group.params)} ({100 * group.params / max(1, estimate.total_params):.0f} %)"
     return [f"{group.count} × {group.class_name}", group.layout, expert_sizes(group), share]
+
+
+def kept(group: ExpertGroup) -> str:
+    """What the backward pass of one layer of experts needs beside its tokens; empty if that is not known."""
+    return "" if group.kept_per_token is None else f"{group.kept_per_token * _TOKENS / 2**20:,.0f} MiB a layer of {_TOKENS:,} tokens"
 
 
 def expert_sizes(group: ExpertGroup) -> str:

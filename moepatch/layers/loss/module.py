@@ -46,8 +46,13 @@ def _is_plain(head: nn.Linear, hidden: Tensor) -> bool:
     if type(hidden) is not Tensor or type(weight) not in (nn.Parameter, Tensor) or hidden.ndim < 2 or weight.device != hidden.device:
         return False
     same = hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type)
-    # As an FSDP2 unit of its own the head loses its weight when its forward returns, and gets its gradient by hooks on its logits.
-    return same and hidden.is_floating_point() and not isinstance(head, FSDPModule)
+    return same and hidden.is_floating_point() and not (isinstance(head, FSDPModule) and _loses_weight(head))
+
+
+def _loses_weight(unit: FSDPModule) -> bool:
+    """Whether an FSDP2 unit frees its weights when its forward returns; one with ``reshard_after_forward=False`` has them until its backward."""
+    group = unit._get_fsdp_state()._fsdp_param_group
+    return group is not None and group.post_forward_mesh_info is not None
 
 
 def with_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
