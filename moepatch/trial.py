@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
+from transformers.integrations import hub_kernels
 
 from .surgery import InjectClass, Patched, original_class
 
@@ -59,7 +62,7 @@ class Difference:
 
 
 def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = None, seed: int = 0) -> dict[str, Tensor]:
-    """One call and its backward pass.
+    """One call and its backward pass, without the libraries that a family may find installed (see `torch_formulas`).
 
     Args:
         module: called with `call`; its parameters' gradients are read.
@@ -72,7 +75,7 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
     """
     call = call.mapped(lambda tensor: tensor.detach().clone().requires_grad_())
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    with torch.enable_grad():
+    with torch.enable_grad(), torch_formulas():
         outputs = module.forward(*call.args, **call.kwargs) if forward is None else forward(module, *call.args, **call.kwargs)
         outputs = [o for o in tree_flatten(outputs)[0] if isinstance(o, Tensor) and o.requires_grad]
         generator = torch.Generator().manual_seed(seed)
@@ -83,6 +86,16 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
     result = {f"output {i}" if len(outputs) > 1 else "output": o.detach().flatten(0, -2) for i, o in enumerate(outputs)}
     result |= {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)}
     return {name: t.detach().to("cpu", torch.promote_types(t.dtype, torch.float32)) for name, t in result.items()}
+
+
+def torch_formulas() -> AbstractContextManager:
+    """While this is entered, families compute in torch what they leave to mamba_ssm, causal_conv1d or flash-linear-attention otherwise.
+
+    Those run on a GPU only, and it is the torch formula that defines the family. transformers binds the library's function when a
+    family's module is imported, and goes round it for ``torch.export``: all functions that it wraps so ask one function whether they are
+    exported, under a name of their module.
+    """
+    return mock.patch.object(hub_kernels, "is_torchdynamo_exporting", lambda: True)
 
 
 def eager_forward(module: nn.Module) -> Callable[..., Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import compare
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -84,6 +87,49 @@ def test_checkpoints_are_the_usual_ones(tmp_path):
     other = made(bias=True)
     other.load_state_dict({key: value + 1 for key, value in torch.load(tmp_path / "model.pt").items()})
     assert adjacent(*other.leaves("weight")) is not None and torch.equal(other.k.weight, module.k.weight + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_checkpoints_of_those_who_look_at_storages(dtype, tmp_path):
+    """Both take tensors of one storage for one weight with several names: safetensors would refuse the model, accelerate drop weights."""
+    from accelerate.utils.other import clean_state_dict_for_safetensors
+
+    module = made(bias=True).to(dtype)
+    made_again = Three(bias=True).to(dtype)
+    Adjacent(module, names()).do()
+    assert adjacent(*module.leaves("weight")) is not None
+    state = module.state_dict()
+    assert clean_state_dict_for_safetensors(dict(state)).keys() == state.keys()
+    save_model(module, tmp_path / "model.safetensors")
+    load_model(made_again, tmp_path / "model.safetensors")
+    for key, parameter in module.named_parameters():
+        assert torch.equal(made_again.get_parameter(key).float(), parameter.float())
+        assert state[key].dtype == dtype and state[key].shape == parameter.shape and state[key].data_ptr() == parameter.data_ptr()
+    Adjacent(made_again, names()).do()
+    load_model(made_again, tmp_path / "model.safetensors")
+    assert adjacent(*made_again.leaves("weight")) is not None
+
+
+def test_a_state_dict_is_still_the_weights():
+    """They may be written through, outlive their model, and are the parameters themselves where those are asked for."""
+    module = made(bias=True)
+    state = module.state_dict(prefix="model.")
+    state["model.k.weight"].fill_(3.0)
+    assert (module.k.weight == 3.0).all() and not (module.q.weight == 3.0).any()
+    assert module.state_dict(keep_vars=True)["k.weight"] is module.k.weight
+    again, copied = pickle.loads(pickle.dumps(module)), copy.deepcopy(module)
+    assert all(torch.equal(value, state["model." + key]) for other in (again, copied) for key, value in other.state_dict().items())
+    del module
+    assert (state["model.k.weight"] == 3.0).all()
+
+
+def test_nothing_of_it_stays():
+    module = Three()
+    step = Adjacent(module, names())
+    step.do()
+    assert module._state_dict_hooks
+    step.undo()
+    assert not module._state_dict_hooks
 
 
 def test_a_patched_model_is_saved_as_before(tmp_path):

@@ -236,6 +236,7 @@ def is_h200():
     return "H200" in torch.cuda.get_device_name()
 
 
+@pytest.mark.timing
 def test_bars_on_an_h200():
     if not is_h200():
         pytest.skip("the bars are for an H200")

@@ -11,7 +11,7 @@ from moepatch import registry, trial
 from moepatch.kernels import conv
 from moepatch.kinds import KINDS
 from moepatch.layers.mixers import backends  # noqa: F401  (fills the tables)
-from moepatch.layers.mixers.delta import DELTA_MIXER
+from moepatch.layers.mixers.delta import DELTA_MIXER, DeltaWeights
 from moepatch.layers.mixers.selective import SELECTIVE_MIXER
 from moepatch.layers.mixers.ssd import SSD_MIXER
 from moepatch.match import mixers
@@ -104,6 +104,24 @@ def test_error_is_at_most_half_again_that_of_transformers(make, tokens, backend)
     assert [d for d in rows if not d.ok] == []
 
 
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_flash_linear_attention_hands_on_the_same_state(tokens):
+    """The factors of its products are bf16, ours are not."""
+    module, kind, spec = prepared(qwen)
+    available(kind, spec, "fla")
+    generator = torch.Generator(CUDA).manual_seed(0)
+    widths = (spec.channels, spec.value_heads, spec.value_heads)
+    mixed, decay, strength = (torch.randn(2, tokens, width, device=CUDA, generator=generator) for width in widths)
+    found = []
+    for name, dtype in (("reference", torch.float64), ("fla", torch.bfloat16)):
+        weights = DeltaWeights(module.conv1d.weight.squeeze(1).to(dtype), None)
+        g = -torch.nn.functional.softplus(decay)
+        rows = registry.compute("delta", name)(mixed.bfloat16().to(dtype), weights, g, strength.bfloat16().sigmoid().to(dtype), spec, True)
+        found.append([t.detach().double() for t in rows])
+    for truth, ours in zip(*found, strict=True):
+        assert ours.shape == truth.shape and (ours - truth).norm() <= 1e-2 * truth.norm()
+
+
 def test_fp32_on_the_gpu():
     module, kind, spec = prepared(jamba)
     call = KINDS[kind].bench(spec, torch.float32, CUDA, torch.Generator().manual_seed(0), 200, sequences=2)
@@ -162,6 +180,7 @@ def milliseconds(module, x, repeats):
     return start.elapsed_time(end) / repeats
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("make, tokens", [(nano, 4096), (qwen, 4096), (jamba, 512)])
 def test_speed(make, tokens):
     module, kind, spec = prepared(make)

@@ -74,11 +74,21 @@ def run(module, x, dtype, grad):
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(("form", "bias"), [("separate", False), ("separate", True), ("interleaved", True), ("concatenated", False), ("none", False)])
 def test_bf16_mlps(form, bias, apart):
+    three_ways_of_an_mlp("triton", form, bias, apart)
+
+
+@pytest.mark.parametrize(("form", "bias"), [("separate", False), ("separate", True), ("interleaved", True), ("concatenated", False)])
+def test_liger(form, bias):
+    pytest.importorskip("liger_kernel")
+    three_ways_of_an_mlp("liger", form, bias, apart=False)
+
+
+def three_ways_of_an_mlp(backend, form, bias, apart):
     module = test_mlp.Mlp(form, bias=bias, hidden=512, width=704).to("cuda", torch.bfloat16)
     generator = torch.Generator("cuda").manual_seed(0)
     x, grad = (torch.randn(4, 300, 512, generator=generator, device="cuda").bfloat16() for _ in range(2))
     truth, theirs = run(module, x, torch.float32, grad), run(module, x, torch.bfloat16, grad)
-    test_mlp.patch(module, "triton")
+    test_mlp.patch(module, backend)
     if apart:  # as under FSDP2: each weight in memory of its own
         for p in module.parameters():
             p.data = p.data.clone()
@@ -131,6 +141,7 @@ def seconds(function, repeats=20):
     return sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))[repeats // 2] / 1e3
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(("activation", "form", "width", "weighted"), [
     (SWIGLU, "concatenated", 768, False),
     (SWIGLU, "concatenated", 768, True),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib.machinery
 import importlib.util
 import os
 import pickle
 import subprocess
 import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import compare
@@ -16,10 +19,12 @@ import torch
 import zoo
 from torch import nn
 
+from moepatch import registry
 from moepatch.kernels import conv, selective, ssd
 from moepatch.kinds import KINDS
 from moepatch.layers.mixers import backends  # noqa: F401  (fills the tables)
 from moepatch.layers.mixers.delta import DELTA_MIXER
+from moepatch.layers.mixers.delta_scan import reference_delta_scan
 from moepatch.layers.mixers.selective import SELECTIVE_MIXER
 from moepatch.layers.mixers.ssd import SSD_MIXER, SSDSpec, SSDWeights, reference_ssd
 from moepatch.layers.mixers.ssd_scan import reference_scan
@@ -131,8 +136,8 @@ def test_any_length_with_padding_and_checkpointing(name):
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen3_5_moe"])
-def test_prefill_fills_the_cache_as_before(name):
-    model, twin = (m.eval() for m in pair(name))
+def test_prefill_fills_the_cache_as_before(name, backend="reference"):
+    model, twin = (m.eval() for m in pair(name, backend))
     for tokens in (2, 3, 9):
         ids = torch.randint(3, zoo.VOCAB, (2, tokens), generator=torch.Generator().manual_seed(tokens))
         with torch.no_grad():
@@ -144,6 +149,45 @@ def test_prefill_fills_the_cache_as_before(name):
                     assert a.dtype == b.dtype and compare.error(a, b) <= 1e-5
         options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
         assert torch.equal(model.generate(ids, **options), twin.generate(ids, **options))
+
+
+def chunk_gated_delta_rule(
+    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
+    use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, state_v_first=False, cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None,
+    cp_context=None, **kwargs,
+):  # fmt: skip
+    """flash-linear-attention's function as release 0.6.0 declares it: ``[B, T, heads, …]``, states ``[B, HV, K, V]``, scale 1/√K."""
+    assert use_qk_l2norm_in_kernel and not kwargs
+    assert scale is initial_state is cu_seqlens is cu_seqlens_cpu is chunk_indices is cp_context is None
+    assert not (use_beta_sigmoid_in_kernel or allow_neg_eigval or state_v_first)
+    # Releases before 0.4 want as many keys as values.
+    assert q.shape == k.shape and q.shape[:3] == v.shape[:3] == g.shape == beta.shape and g.dtype == torch.float32
+    o, state = reference_delta_scan(q, k, v, g, beta)
+    return o, state if output_final_state else None
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe"])
+def test_flash_linear_attention_is_called_as_it_wants(name, monkeypatch):
+    packages = {path: types.ModuleType(path) for path in ("fla", "fla.ops", "fla.ops.gated_delta_rule")}
+    packages["fla.ops.gated_delta_rule"].chunk_gated_delta_rule = chunk_gated_delta_rule
+    for path, package in packages.items():
+        package.__spec__ = importlib.machinery.ModuleSpec(path, None)
+        monkeypatch.setitem(sys.modules, path, package)
+    monkeypatch.setattr(conv, "causal_conv", conv.reference_conv)
+    monkeypatch.delitem(registry._LOADED, ("delta", "fla"), raising=False)
+    try:
+        test_outputs_and_gradients_in_fp32(name, "fla")
+        if name == "qwen3_next":
+            test_prefill_fills_the_cache_as_before(name, "fla")
+    finally:
+        registry._LOADED.pop(("delta", "fla"), None)
+
+
+def test_flash_linear_attention_is_for_low_precision():
+    spec = sites(zoo.build("qwen3_next"))[0].spec
+    why = registry.backend("delta", "fla").why_not
+    assert "fla" in why(spec, torch.bfloat16, torch.device("cuda")) or importlib.util.find_spec("fla")
+    assert why(spec, torch.float32, torch.device("cuda")) and "256" in why(replace(spec, key_dim=320), torch.bfloat16, torch.device("cuda"))
 
 
 def test_copies_pickles_and_lora_like_children():

@@ -168,7 +168,8 @@ def triton_mlp(x_TH: Tensor, weights: MlpWeights, spec: MlpSpec) -> Tensor:
 
 
 def liger_mlp(x_TH: Tensor, weights: MlpWeights, spec: MlpSpec) -> Tensor:
-    """`reference_mlp` with Liger's kernel between the projections; ``swiglu`` only."""
+    """`reference_mlp` with Liger's kernel between the projections; ``swiglu`` only, and one backward pass for each forward pass, for it
+    writes the gradients over what was kept."""
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     gate, up = _gate_and_up(x_TH, weights, spec)

@@ -19,7 +19,7 @@ def te_norm(x: torch.Tensor, weight: torch.Tensor, spec: NormSpec, gate: None = 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, spec):
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         # The library wants one dtype.
         y, _, rstd = te.rmsnorm_fwd(rows, weight.to(x.dtype), spec.eps, None, None, TE_DType[x.dtype], 0, bool(spec.offset))
         ctx.spec = spec
@@ -30,5 +30,5 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         rows, weight, rstd = ctx.saved_tensors
-        dx, dw = te.rmsnorm_bwd(dy.reshape(rows.shape), rows, rstd, weight.to(rows.dtype), 0, bool(ctx.spec.offset))
+        dx, dw = te.rmsnorm_bwd(dy.reshape(rows.shape).contiguous(), rows, rstd, weight.to(rows.dtype), 0, bool(ctx.spec.offset))
         return dx.view(dy.shape), dw.to(weight.dtype), None

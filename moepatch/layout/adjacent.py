@@ -3,6 +3,9 @@
 The parameters stay the objects they were, with their names and shapes: only their data become consecutive slices of one buffer. Optimizers,
 checkpoints and hooks see no difference, and whatever moves a parameter elsewhere later (``model.to``, FSDP2, loading with ``assign``)
 merely takes the neighbourhood away: `joint_linear` looks at every call.
+
+Those who write checkpoints take tensors of one storage for the same weights under several names, and refuse them (safetensors'
+``save_model``) or drop all but one (accelerate). In a `state_dict` each therefore has a storage of its own, over the same memory.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.hooks import RemovableHandle
 
 
 def adjacent(*tensors: Tensor) -> Tensor | None:
@@ -51,6 +56,7 @@ class Adjacent:
     module: nn.Module
     names: Sequence[str]
     moved: list[nn.Parameter] = field(default_factory=list)
+    hook: RemovableHandle | None = None
 
     def do(self) -> None:
         """Copies them into one buffer, with one of them twice in memory at a time at most beside it."""
@@ -63,12 +69,28 @@ class Adjacent:
                 part.copy_(parameter)
                 parameter.data = part
         self.moved = parameters
+        self.hook = self.module.register_state_dict_post_hook(storages_apart)
 
     def undo(self) -> None:
         """Gives each its own storage again."""
+        if self.hook is not None:
+            self.hook.remove()
         while self.moved:
             parameter = self.moved.pop()
             parameter.data = parameter.data.clone()
+
+
+def storages_apart(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
+    """A hook of `state_dict`: tensors of the module that are slices of something larger become tensors of their size over the same memory."""
+    for key, value in state_dict.items():
+        # Parameters (of ``keep_vars=True``) and tensors of other kinds stay what they are.
+        if key.startswith(prefix) and type(value) is Tensor and value.is_contiguous() and 0 < value.nbytes < value.untyped_storage().nbytes():
+            state_dict[key] = _own_storage(value)
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """The same numbers in a storage that begins and ends with them, by way of DLPack, which knows bytes of every dtype."""
+    return from_dlpack(to_dlpack(tensor.view(-1).view(torch.uint8))).view(tensor.dtype).view(tensor.shape)
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:

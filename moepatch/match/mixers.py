@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -86,25 +86,41 @@ def _limits(module: nn.Module) -> list[tuple[float, float]]:
     return [(float(low), float(high)) for low, high in pairs if low < high] or [(0.0, float("inf"))]
 
 
+class _Heads(NamedTuple):
+    """A mixer's heads: `count` of `width`, and two rows of `shared` numbers (B and C, or queries and keys) for each of the `groups` of heads."""
+
+    hidden: int
+    count: int
+    width: int
+    groups: int
+    shared: int
+    taps: int
+
+
+def _heads(module: nn.Module) -> Iterator[_Heads]:
+    """Every division of the convolution's channels into heads and what they share; both sizes of a group are numbers on the module."""
+    if module.A_log.ndim != 1:
+        return
+    (count,) = module.A_log.shape
+    hidden, inner = module.out_proj.weight.shape
+    channels, _, taps = module.conv1d.weight.shape
+    if inner % count or channels <= inner or (channels - inner) % 2:
+        return
+    numbers = _integers(module)
+    for groups in sorted(numbers):
+        shared, rest = divmod((channels - inner) // 2, groups)
+        if rest == 0 and count % groups == 0 and shared in numbers:
+            yield _Heads(hidden, count, inner // count, groups, shared, taps)
+
+
 def _ssd_specs(module: nn.Module) -> Iterator[SSDSpec]:
     """Every Mamba-2 mixer that the shapes and numbers of a module allow."""
     if not _is_mixer(module, {"A_log", "D", "dt_bias"}, {"conv1d", "in_proj", "norm", "out_proj"}):
         return
-    if module.A_log.ndim != 1:
-        return
-    (heads,) = module.A_log.shape
-    hidden, inner = module.out_proj.weight.shape
-    channels, _, taps = module.conv1d.weight.shape
-    if inner % heads or channels <= inner or (channels - inner) % 2:
-        return
-    both = (channels - inner) // 2
-    for groups in sorted(_integers(module)):
-        if both % groups or heads % groups or both // groups not in _integers(module):
-            continue
-        for limits in _limits(module):
-            spec = SSDSpec(hidden=hidden, heads=heads, head_dim=inner // heads, groups=groups, state=both // groups, taps=taps, limits=limits)
-            if tuple(module.in_proj.weight.shape) == (spec.projected, hidden):
-                yield spec
+    for h, limits in itertools.product(_heads(module), _limits(module)):
+        spec = SSDSpec(hidden=h.hidden, heads=h.count, head_dim=h.width, groups=h.groups, state=h.shared, taps=h.taps, limits=limits)
+        if tuple(module.in_proj.weight.shape) == (spec.projected, spec.hidden):
+            yield spec
 
 
 def _small_ssd(spec: SSDSpec) -> dict[int, int]:
@@ -121,21 +137,12 @@ def _small_ssd(spec: SSDSpec) -> dict[int, int]:
 def _delta_specs(module: nn.Module) -> Iterator[DeltaSpec]:
     """Every gated delta-rule mixer that the shapes and numbers of a module allow."""
     layout = next((name for name, inputs in PROJECTIONS.items() if _is_mixer(module, {"A_log", "dt_bias"}, {"conv1d", "norm", "out_proj", *inputs})), None)
-    if layout is None or module.A_log.ndim != 1:
+    if layout is None:
         return
-    (value_heads,) = module.A_log.shape
-    hidden, values = module.out_proj.weight.shape
-    channels, _, taps = module.conv1d.weight.shape
-    if values % value_heads or channels <= values or (channels - values) % 2:
-        return
-    keys = (channels - values) // 2
-    for key_heads in sorted(_integers(module)):
-        if keys % key_heads or value_heads % key_heads or keys // key_heads not in _integers(module):
-            continue
-        spec = DeltaSpec(
-            hidden=hidden, key_heads=key_heads, value_heads=value_heads, key_dim=keys // key_heads, value_dim=values // value_heads, taps=taps, layout=layout
-        )
-        if all(tuple(module.get_submodule(name).weight.shape) == (width, hidden) for name, width in spec.projections().items()):
+    for h in _heads(module):
+        heads = {"key_heads": h.groups, "value_heads": h.count, "key_dim": h.shared, "value_dim": h.width}
+        spec = DeltaSpec(hidden=h.hidden, **heads, taps=h.taps, layout=layout)
+        if all(tuple(module.get_submodule(name).weight.shape) == (width, spec.hidden) for name, width in spec.projections().items()):
             yield spec
 
 

@@ -58,10 +58,14 @@ def _triton_delta():
 def _why_not_fla(spec, dtype, device):
     if spec is not None and max(spec.key_dim, spec.value_dim) > 256:
         return f"heads of at most 256, these are {spec.key_dim} and {spec.value_dim}"
-    return missing(dtype, device, "fla", "triton")
+    # Its products of fp32 are in TF32.
+    return missing(dtype, device, "fla", "triton", dtypes=BF16_FP16)
 
 
-@register_backend("delta", "fla", rank=70, serves="convolution in one kernel each way, the recurrence of flash-linear-attention", why_not=_why_not_fla)
+@register_backend(
+    "delta", "fla", rank=70, why_not=_why_not_fla,
+    serves="convolution in one kernel each way, the recurrence of flash-linear-attention, where torch.compile breaks its graph",
+)  # fmt: skip
 def _fla_delta():
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
