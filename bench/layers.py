@@ -55,13 +55,11 @@ def main() -> None:
     tokens = arguments.tokens or (4096 if device.type == "cuda" else 64)
     machine = ceilings(device, torch.bfloat16)
     print(f"copy {machine.copy / 1e9:.2f} TB/s, GEMM {machine.flops / 1e9:.0f} TFLOP/s")
-    rows: list[dict] = []
     for part, measured in _parts(arguments, tokens, device, machine):
         show(part, measured)
-        rows += measured
-    if arguments.json:
-        with open(arguments.json, "a") as file:
-            file.writelines(json.dumps({**row, **_facts(device)}) + "\n" for row in rows)
+        if arguments.json:
+            with open(arguments.json, "a") as file:
+                file.writelines(json.dumps({**row, **_facts(device)}) + "\n" for row in measured)
 
 
 def _parts(arguments, tokens: int, device: torch.device, machine: Ceilings) -> Iterator[tuple[str, list[dict]]]:
