@@ -323,6 +323,25 @@ def check_tables():
     assert all(compare.error(a, b) < 1e-5 for a, b in zip(*grads, strict=True))
 
 
+def check_rows():
+    """The backward kernel of the usual heads: several tiles for each program, tails, one sequence and more, offsets of 64 bits."""
+    from moepatch.kernels import rope
+    from moepatch.layers.attention_block_backends import triton_heads
+
+    rope._TILE, far = (256, 4, 3, 1), rope._FAR
+    for heads, kv_heads, d, value_dim, how, offset in ((4, 2, 32, 32, "half", 0.0), (5, 1, 16, 48, "half", 1.0), (6, 3, 64, 24, "half, narrow tables", 0.0)):
+        spec, table = HeadsSpec(heads, kv_heads, d, value_dim, HeadNorm("head", 1e-5, offset, True), how), d // ROPES[how].width
+        for batch, sequence in ((1, 1), (1, 37), (3, 13)):
+            rope._FAR = far if sequence == 37 else 0
+            check_heads(triton_heads, spec, table, torch.float32, batch=batch, sequence=sequence)
+    # As few programs as take no longer than all of them, for tokens that no division comes out even for.
+    for tokens in (1, 7, 333, 4096, 100_003):
+        for most in (4, 6, 264):
+            programs = rope._shares(tokens, spec, 32, most)
+            assert min(programs) >= 1 and sum(programs) <= most
+    assert sum(rope._shares(100_003, spec, 32, 264)) > 250
+
+
 def check_kernels():
     from moepatch.layers.attention_block_backends import triton_heads
 
@@ -333,9 +352,11 @@ def check_kernels():
     for place in ("head", "full"):  # the interpreter rounds towards zero
         check_heads(triton_heads, HeadsSpec(4, 2, 16, 16, HeadNorm(place, 1e-5, 0.0, True), "half"), 16, torch.bfloat16, slack=3.5)
         cases += 1
-    wide = HeadsSpec(4, 2, 64, 64, HeadNorm("head", 1e-5, 0.0, True), "half")  # more than one block of tokens
-    check_heads(triton_heads, wide, 64, torch.float32, sequence=19)
+    # More than one block of tokens.
+    check_heads(triton_heads, HeadsSpec(4, 2, 64, 64, HeadNorm("after", 1e-5, 0.0, True), "half"), 64, torch.float32, sequence=19)
+    check_heads(triton_heads, HeadsSpec(4, 2, 64, 64, None, "half"), 64, torch.float32, sequence=19)
     check_tables()
+    check_rows()
     print(f"{cases} cases equal")
 
 
@@ -360,4 +381,7 @@ def test_kernels_in_tritons_interpreter():
 
 
 if __name__ == "__main__":
+    from test_norm import let_tensors_bound_loops
+
+    let_tensors_bound_loops()
     check_kernels()

@@ -8,9 +8,9 @@ import compare
 import pytest
 import torch
 import transformers
-from test_attention_block import check_heads, operands, patch, specs
+from test_attention_block import check_heads, heads_and_grads, operands, patch, specs
 
-from moepatch.layers.rope import HeadNorm, HeadsSpec
+from moepatch.layers.rope import HeadNorm, HeadsSpec, reference_heads
 
 pytestmark = pytest.mark.gpu
 
@@ -51,6 +51,25 @@ def test_small_heads_of_every_style_in_fp32():
 def test_few_tokens(batch, sequence):
     spec, table = SHAPES["32/4 heads of 128, norm"]
     check_heads(heads(), spec, table, torch.bfloat16, device="cuda", batch=batch, sequence=sequence)
+
+
+def test_offsets_of_64_bits(monkeypatch):
+    from moepatch.kernels import rope
+
+    monkeypatch.setattr(rope, "_FAR", 0)
+    spec, table = SHAPES["32/4 heads of 128, norm"]
+    check_heads(heads(), spec, table, torch.bfloat16, device="cuda", sequence=65)
+
+
+@pytest.mark.parametrize("sequence", [4096, 5000])
+def test_several_tiles_for_each_program(sequence):
+    """Twice the same, too: the weights' gradients are summed in one order."""
+    spec, table = SHAPES["32/4 heads of 128, norm"]
+    given = operands(spec, table, torch.bfloat16, "cuda", batch=1, sequence=sequence)
+    wide = [t.float() for t in given]
+    ours, again, theirs = (heads_and_grads(f, spec, *given) for f in (heads(), heads(), reference_heads))
+    for a, b, c, truth in zip(ours, again, theirs, heads_and_grads(reference_heads, spec, *wide), strict=True):
+        assert torch.equal(a, b) and compare.error(a, truth) <= max(1.5 * compare.error(c, truth), 1e-6)
 
 
 def test_gradients_of_any_strides_and_twice_the_same():
@@ -153,6 +172,7 @@ def milliseconds(function, rounds=30):
     return start.elapsed_time(end) / rounds
 
 
+@pytest.mark.timing
 def test_heads_run_at_the_speed_of_a_copy(record_property, capsys):
     """The bar is 80 % of copy bandwidth on an H200 at 4096 tokens; the test asks for half, so that a shared machine does not fail it."""
     from moepatch.kernels.rope import heads_backward, heads_forward

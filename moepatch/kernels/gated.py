@@ -26,8 +26,8 @@ except ImportError:
 
 #: Rows and columns of a tile: with bf16 a thread of 4 warps moves two times 16 bytes of each operand.
 _TILE = (16, 128)
-#: The same where a program has whole rows to itself, because it sums over them.
-_WIDE_TILE = (8, 256)
+#: The same for the backward pass, by whether gate and up alternate and whether there are weights.
+_BACKWARD_TILES = {(False, False): _TILE, (False, True): (4, 256), (True, False): (4, 256), (True, True): (1, 512)}
 
 
 def gated_forward(
@@ -102,8 +102,11 @@ def _prepared_forward(activation: Activation, gate_form: str, up_first: bool, wi
 
 @functools.lru_cache(maxsize=1024)
 def _prepared_backward(activation: Activation, gate_form: str, up_first: bool, width: int, weighted: bool) -> tuple[int, int, Prepared]:
-    """The same; with weights a program walks along whole rows."""
-    high, wide = _WIDE_TILE if weighted else _TILE
+    """The same; with weights a program walks along whole rows. A tile is no wider than a row."""
+    high, wide = _BACKWARD_TILES[gate_form == "interleaved", weighted]
+    if width < wide:
+        size, wide = high * wide, max(16, 1 << (width - 1).bit_length())
+        high = size // wide
     tiles = -(-width // wide)
     columns, steps = (1, tiles) if weighted else (tiles, 1)
     kernel = Prepared(_backward_kernel, HIGH=high, WIDE=wide, STEPS=steps, **_constants(activation, gate_form, up_first, width))
@@ -258,6 +261,9 @@ def _backward_kernel(
     for step in range(STEPS):
         start = (tl.program_id(1) * STEPS + step) * WIDE
         column = start + tl.arange(0, WIDE)
+        if FORM == "interleaved":
+            # A thread that loads 16 bytes of pairs has half as many columns. Claiming no more for the other operands keeps a column in one thread.
+            column = tl.max_contiguous(column, 64 // pre.dtype.element_ty.primitive_bitwidth)
         at, mask = row_64[:, None] * WIDTH + column[None, :], here[:, None] & (column < WIDTH)[None, :]
         grad = tl.load(grad_h + at, mask=mask, other=0).to(tl.float32)
         gate, up = _load(pre, row_64, start, here, WIDTH, FORM, UP_FIRST, HIGH, WIDE)

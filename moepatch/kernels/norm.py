@@ -26,7 +26,7 @@ WIDEST = 16384
 #: Bytes of a multiprocessor's shared memory that loads ahead may use.
 _AHEAD = 200 * 1024
 #: Columns of weight gradients that one program adds up.
-_SUMMED = 16
+_SUMMED = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GATE_CODES = {None: 0, **{name: code for code, name in enumerate(GATES, 1)}}
 
@@ -170,16 +170,20 @@ def _tile(width: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _backward_tile(width: int) -> tuple[int, int, int, int]:
-    """The same for the backward pass, and programs per multiprocessor: few, since each leaves a row of weight gradients to be summed."""
+def _backward_tile(width: int) -> tuple[int, int, int, int, int]:
+    """Columns, rows and warps of the backward pass, programs per multiprocessor, and steps whose loads are under way at a time.
+
+    Few programs, which load ahead: each leaves a whole row of weight gradients to be summed.
+    """
     block = triton.next_power_of_2(width)
     rows = max(1, 4096 // block)
     warps = min(16, max(8, block * rows // 512))
-    return block, rows, warps, 16 // warps
+    return block, rows, warps, 16 // warps, 3
 
 
 @functools.cache
-def _multiprocessors(index: int | None) -> int:
+def multiprocessors(index: int | None) -> int:
+    """How many a device has; two where there is none, so that the interpreter runs several programs."""
     return 2 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
@@ -214,17 +218,25 @@ def _prepared_backward(
     spec: NormSpec, width: int, groups: int, inner: int, weighted: bool, streamed: bool, wants_weight: bool, read: tuple, tile: tuple
 ) -> Prepared:
     """The kernel for a tile of `_backward_tile`; `read` are the dtypes of what it reads of each row."""
-    block, high, warps, crowd = tile
+    block, high, warps, crowd, stages = tile
     ahead = block * high * sum(dtype.itemsize for dtype in read)
     return Prepared(
-        backward_kernel, BLOCK=block, ROWS=high, STREAM=streamed, DWEIGHT=wants_weight, STAGES=max(1, min(3, _AHEAD // crowd // ahead)),
+        backward_kernel, BLOCK=block, ROWS=high, STREAM=streamed, DWEIGHT=wants_weight, STAGES=max(1, min(stages, _AHEAD // crowd // ahead)),
         **_constants(spec, width, groups, inner, weighted), num_warps=warps,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def _prepared_sum(width: int, programs: int) -> Prepared:
-    return Prepared(sum_kernel, N=width, COLUMNS=_SUMMED, ROWS=min(512, triton.next_power_of_2(programs)), num_warps=8)
+    """For a narrow row there are few programs, so each loads more at once."""
+    rows, warps = (256, 4) if width > 512 else (1024, 8)
+    return Prepared(sum_kernel, N=width, COLUMNS=_SUMMED, ROWS=min(rows, triton.next_power_of_2(programs)), num_warps=warps)
+
+
+def _programs(rows: int, high: int, most: int) -> int:
+    """As few programs as take no longer than `most` of them: all have the same number of steps, but for the last."""
+    steps = -(-rows // high)
+    return -(-steps // -(-steps // most))
 
 
 def _backward(rows: _Rows, dy, dstream, weight, gate, rstd, spec: NormSpec, wants_weight: bool):
@@ -233,7 +245,7 @@ def _backward(rows: _Rows, dy, dstream, weight, gate, rstd, spec: NormSpec, want
     tile = _backward_tile(width)
     read = (x.dtype, dy.dtype, *(t.dtype for t in (dstream, gate) if t is not None))
     kernel = _prepared_backward(spec, width, groups, rows.inner, weight is not None, dstream is not None, wants_weight, read, tile)
-    programs = min(-(-rows.count // tile[1]), max(1, tile[3] * _multiprocessors(x.device.index) // groups))
+    programs = _programs(rows.count, tile[1], max(1, tile[3] * multiprocessors(x.device.index) // groups))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dgate = torch.empty(x.shape, dtype=gate.dtype, device=x.device) if gate is not None else None
     partial = torch.empty(groups * programs * width, dtype=torch.float32, device=x.device) if wants_weight else None

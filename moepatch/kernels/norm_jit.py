@@ -86,7 +86,7 @@ def backward_kernel(
         w = _weight_row(weight, group * N + col, col < N, OFFSET, CAST)
     if DWEIGHT:
         dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    # The loads of the next steps are under way while this one is computed.
+    # With several stages the loads of the next steps are under way while this one is computed. All loads come first: none waits for sums.
     for step in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
         row = step * ROWS + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < rows)[:, None] & (col < N)
@@ -94,6 +94,8 @@ def backward_kernel(
         to = ((row * GROUPS + group) * N)[:, None] + col
         loaded = tl.load(x + from_, mask=inside, other=0)
         g = tl.load(dy + to, mask=inside, other=0).to(tl.float32)
+        if STREAM:
+            stream = tl.load(dstream + to, mask=inside, other=0)
         r = tl.load(rstd + row * GROUPS + group, mask=row < rows, other=0)[:, None]
         wide = loaded.to(tl.float32)
         if GATE:
@@ -115,7 +117,7 @@ def backward_kernel(
             tl.store(dgate + to, (out * loaded.to(tl.float32) * slope).to(dgate.dtype.element_ty), mask=inside)
             out = out * factor
         if STREAM:
-            out += tl.load(dstream + to, mask=inside, other=0).to(tl.float32)
+            out += stream.to(tl.float32)
         tl.store(dx + to, out.to(dx.dtype.element_ty), mask=inside)
     if DWEIGHT:
         tl.store(partial + (group * programs + program) * N + col, tl.sum(dw, 0)[None, :], mask=col < N)

@@ -3,7 +3,8 @@
 The reference is `layers.rope.reference_heads`; sizes are named there. A program takes a block of tokens and a group of heads, keeps the
 tables in registers and goes from head to head. Arithmetic is fp32, with one rounding at the end and, where the family has it, one before the
 norm's weight. Values are not moved by the forward: they stay a view of the projection. The backward writes the gradient of the projection as
-one matrix, values and gate included, and partial sums of the weights' gradients that a second small kernel adds up.
+one matrix, values and gate included, and partial sums of the weights' gradients that a second small kernel adds up. The usual heads have a
+backward kernel of their own, of fewer programs that load ahead; see `rope_rows_jit`.
 """
 
 from __future__ import annotations
@@ -17,17 +18,23 @@ from torch import Tensor
 
 from ..layers.rope import ROPES, HeadsSpec
 from .launch import Prepared
+from .norm import multiprocessors
 
 try:  # Everything that only asks needs no Triton.
     import triton
 
     from .rope_jit import backward_kernel, forward_kernel, reduce_kernel
+    from .rope_rows_jit import backward_rows_kernel
 except ImportError:
     triton = None
 
 _PLACES = {"head": 1, "full": 2, "after": 3}
-#: Columns of the weights' gradients that one program of the reduction adds up.
-_REDUCED = 16
+#: Columns of the weights' gradients that one program of the reduction adds up, rows that it loads at once, and its warps.
+_REDUCED, _REDUCED_ROWS, _REDUCED_WARPS = 8, 2048, 16
+#: The backward pass of the usual heads: numbers of a tile, warps, programs per multiprocessor, and steps whose loads are under way at a time.
+_TILE = (4096, 8, 2, 3)
+#: Offsets from here on need 64 bits.
+_FAR = 2**31
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def _launch(spec: HeadsSpec, table: int) -> _Launch:
         backward=Prepared(
             backward_kernel, DV2=triton.next_power_of_2(spec.value_dim), D2=triton.next_power_of_2(spec.head_dim), **constants
         ),
-        reduce=Prepared(reduce_kernel, COLUMNS=_REDUCED, ROWS=128, num_warps=4),
+        reduce=Prepared(reduce_kernel, COLUMNS=_REDUCED, ROWS=_REDUCED_ROWS, num_warps=_REDUCED_WARPS),
         full=full,
         groups=q_groups + k_groups,
         backward_groups=q_groups + k_groups + copies,
@@ -139,6 +146,8 @@ def heads_backward(
         dgate = dgate if dgate.stride(-1) == 1 else dgate.contiguous()
         gate_strides = (dgate.stride(0), dgate.stride(2), dgate.stride(1))
     djoint = torch.empty(batch, sequence, sum(spec.splits), dtype=dq.dtype, device=dq.device)
+    if tokens and _is_usual(spec, cos):
+        return djoint, *_backward_rows(joint, spec, q_weight, k_weight, cos, sin, djoint, dq, dk, dv)
     blocks = -(-tokens // laid.block)
     partial = torch.empty(blocks * laid.partials, dtype=torch.float32, device=dq.device)
     if tokens:
@@ -150,20 +159,79 @@ def heads_backward(
         )  # fmt: skip
     if spec.norm is None:
         return djoint, None, None
-    return djoint, *_reduced(partial, laid, spec, blocks, q_weight.dtype)
-
-
-def _reduced(partial: Tensor, laid: _Launch, spec: HeadsSpec, blocks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sums of the partial gradients: ``[blocks, Wq + Wk]`` for a full norm, else ``[groups, blocks, D]``."""
     q_width, k_width = laid.weights
-    both = torch.empty(q_width + k_width, dtype=dtype, device=partial.device)
     if laid.full:
-        stride, q_rows, k_rows, at, column = q_width + k_width, blocks, blocks, 0, q_width
+        rows = q_width + k_width, blocks, blocks, 0, q_width
     else:
-        q_rows, k_rows = blocks * laid.q_rows, blocks * laid.k_rows
-        stride, at, column = spec.head_dim, q_rows, 0
-    laid.reduce((-(-max(laid.weights) // _REDUCED), 2), partial, both, stride, q_rows, k_rows, at, column, q_width, k_width)
+        rows = spec.head_dim, blocks * laid.q_rows, blocks * laid.k_rows, blocks * laid.q_rows, 0
+    return djoint, *_reduced(laid.reduce, partial, rows, laid.weights, q_weight.dtype)
+
+
+def _reduced(reduce: Prepared, partial: Tensor, rows: tuple[int, ...], weights: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The weights' gradients from partial ones; `rows` are their stride, how many queries and keys have, and where keys' begin (row, column)."""
+    q_width, k_width = weights
+    both = torch.empty(q_width + k_width, dtype=dtype, device=partial.device)
+    reduce((-(-max(weights) // _REDUCED), 2), partial, both, *rows, q_width, k_width)
     return both[:q_width], both[q_width:]
+
+
+# --- the usual heads -----------------------------------------------------------------------------------------------------------------
+
+
+def _is_usual(spec: HeadsSpec, cos: Tensor | None) -> bool:
+    """Whether `rope_rows_jit` serves: each head has a norm, and all its dims are rotated after that, as two halves."""
+    rope, d = ROPES.get(spec.rope), spec.head_dim
+    return (
+        spec.norm is not None and spec.norm.place == "head" and rope is not None and not rope.interleaved and not spec.gated
+        and cos.shape[-1] * rope.width == d and d & (d - 1) == 0 and 16 <= d <= 256
+    )  # fmt: skip
+
+
+def _backward_rows(joint, spec: HeadsSpec, q_weight, k_weight, cos, sin, djoint, dq, dk, dv) -> tuple[Tensor, Tensor]:
+    """Fills `djoint`, and returns the gradients of the weights."""
+    batch, _, sequence, _ = dq.shape
+    tokens, d = batch * sequence, spec.head_dim
+    q_programs, k_programs, v_programs = _shares(tokens, spec, _TILE[0] // d, _TILE[2] * multiprocessors(dq.device.index))
+    tables, joint_row = _table_strides(cos, sin), joint.stride(1)
+    (q_batch, q_head, q_row, _), (k_batch, k_head, k_row, _), (v_batch, v_head, v_row, _) = dq.stride(), dk.stride(), dv.stride()
+    # No offset from a tensor's first element is larger than this.
+    reach = batch * max(q_batch, k_batch, v_batch, *tables) + sequence * max(q_row, k_row, v_row, *tables) + spec.heads * max(q_head, k_head, v_head)
+    long = max(reach, tokens * joint_row) >= _FAR
+    kernel, reduce = _prepared_rows(spec, batch == 1, long, _TILE, triton.next_power_of_2(q_programs))
+    partial = torch.empty((q_programs + k_programs) * d, dtype=torch.float32, device=dq.device)
+    kernel(
+        (q_programs + k_programs + v_programs,),
+        joint, q_weight, k_weight, cos, sin, djoint, partial, dq, dk, dv, tokens, sequence, q_programs, k_programs, joint_row, *tables,
+        q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, spec.norm.eps,
+    )  # fmt: skip
+    return _reduced(reduce, partial, (d, q_programs, k_programs, q_programs, 0), (d, d), q_weight.dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _prepared_rows(spec: HeadsSpec, single: bool, long: bool, tile: tuple[int, ...], reduced: int) -> tuple[Prepared, Prepared]:
+    """The kernel for a tile as `_TILE`, and the one that adds up at most `reduced` rows of gradients."""
+    numbers, warps, _, stages = tile
+    rope, norm, d = ROPES[spec.rope], spec.norm, spec.head_dim
+    kernel = Prepared(
+        backward_rows_kernel, SINGLE=single, LONG=long, HQ=spec.heads, HK=spec.kv_heads, D=d, DV=spec.value_dim,
+        DV2=triton.next_power_of_2(spec.value_dim), SECOND=d // 2 if rope.second is None else rope.second, OFFSET=norm.offset,
+        CAST_FIRST=norm.cast_first, ROWS=numbers // d, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return kernel, Prepared(reduce_kernel, COLUMNS=_REDUCED, ROWS=reduced, num_warps=8)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shares(tokens: int, spec: HeadsSpec, rows: int, most: int) -> tuple[int, int, int]:
+    """Programs for queries, keys and values, at most `most` with tiles of `rows`: by the bytes that they move, so that all end at one time."""
+    most = max(most, 4)
+    queries, keys = (-(-tokens * heads // rows) for heads in (spec.heads, spec.kv_heads))
+    treated, copied = 3 * spec.head_dim, 2 * spec.value_dim
+    steps = max(1, (queries * treated + keys * (treated + copied)) // (treated * most))
+    while True:
+        programs = -(-queries // steps), -(-keys // steps), -(-keys // max(1, steps * treated // copied))
+        if sum(programs) <= most:
+            return programs
+        steps += 1
 
 
 def _table_strides(cos, sin) -> tuple[int, int, int, int]:

@@ -14,6 +14,7 @@ from .rope_parts import (
     one_head,
     one_head_backward,
     store_sums,
+    stored_head,
     sum_all_heads,
 )
 
@@ -82,8 +83,10 @@ def _backward_all_heads(
     head = heads * 0
     while head < heads:
         w_1, w_2, w_3 = load_weight(q_weight, k_weight, head * D, is_q, OFFSET, R2, HALF, REST, REST2, INTERLEAVED)
+        y_1, y_2, y_3 = stored_head(x + head * step, here, R2, HALF, REST, REST2, INTERLEAVED)
+        g_1, g_2, g_3 = stored_head(dy + head * dy_step, here, R2, HALF, REST, REST2, INTERLEAVED)
         s_1, s_2, s_3 = one_head_backward(
-            x + head * step, dy + head * dy_step, dx + head * step, here, rstd, mean, w_1, w_2, w_3, cos_1, sin_1, cos_2, sin_2, eps,
+            y_1, y_2, y_3, g_1, g_2, g_3, dx + head * step, here, rstd, mean, w_1, w_2, w_3, cos_1, sin_1, cos_2, sin_2, eps,
             D, R2, HALF, REST, REST2, ROPE, INTERLEAVED, NORM, CAST_FIRST,
         )  # fmt: skip
         store_sums(sums + head * D, s_1, s_2, s_3, R2, HALF, REST, REST2, INTERLEAVED)
@@ -104,8 +107,12 @@ def _backward_some_heads(
     sum_1, sum_2 = tl.zeros((BT, HALF), tl.float32), tl.zeros((BT, HALF), tl.float32)
     sum_3 = tl.zeros((BT, REST2 if REST > 0 else 1), tl.float32)
     for head in tl.static_range(BH):
+        g_1, g_2, g_3 = stored_head(dy + head * dy_step, here, R2, HALF, REST, REST2, INTERLEAVED)
+        y_1, y_2, y_3 = g_1, g_2, g_3
+        if NORM != 0:
+            y_1, y_2, y_3 = stored_head(x + head * step, here, R2, HALF, REST, REST2, INTERLEAVED)
         s_1, s_2, s_3 = one_head_backward(
-            x + head * step, dy + head * dy_step, dx + head * step, here, unused, unused, w_1, w_2, w_3, cos_1, sin_1, cos_2, sin_2, eps,
+            y_1, y_2, y_3, g_1, g_2, g_3, dx + head * step, here, unused, unused, w_1, w_2, w_3, cos_1, sin_1, cos_2, sin_2, eps,
             D, R2, HALF, REST, REST2, ROPE, INTERLEAVED, NORM, CAST_FIRST,
         )  # fmt: skip
         sum_1, sum_2, sum_3 = sum_1 + s_1, sum_2 + s_2, sum_3 + s_3

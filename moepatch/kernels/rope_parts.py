@@ -1,4 +1,4 @@
-"""What the kernels of `rope_jit` are made of: parts of heads, tables, and one head each way. Importing this module needs Triton.
+"""What the kernels of `rope_jit` and `rope_rows_jit` are made of: parts of heads, tables, and one head each way. Importing this module needs Triton.
 
 A head is taken apart into the first and the second numbers of its R/2 pairs (R2 of HALF columns, a power of two) and the REST dims that are
 not rotated (of REST2 columns). NORM is 0 without one, 1 for each head before the rotation, 2 for all heads of a token, 3 for each head after
@@ -10,18 +10,25 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_pairs(at, here, R2: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The first and the second number of each pair, fp32 ``[BT, HALF]``; `at` are pointers ``[BT, 1]``."""
+def _stored_pairs(at, here, R2: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The first and the second number of each pair, ``[BT, HALF]``, in the dtype of memory; `at` are pointers ``[BT, 1]``."""
     if INTERLEAVED:
         column = tl.arange(0, 2 * HALF)[None, :]
-        x = tl.load(at + column, mask=here & (column < 2 * R2), other=0.0).to(tl.float32)
+        x = tl.load(at + column, mask=here & (column < 2 * R2), other=0.0)
         first, second = tl.split(tl.reshape(x, (x.shape[0], HALF, 2)))
     else:
         column = tl.arange(0, HALF)[None, :]
         mask = here & (column < R2)
-        first = tl.load(at + column, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(at + R2 + column, mask=mask, other=0.0).to(tl.float32)
+        first = tl.load(at + column, mask=mask, other=0.0)
+        second = tl.load(at + R2 + column, mask=mask, other=0.0)
     return first, second
+
+
+@triton.jit
+def _load_pairs(at, here, R2: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The same in fp32."""
+    first, second = _stored_pairs(at, here, R2, HALF, INTERLEAVED)
+    return first.to(tl.float32), second.to(tl.float32)
 
 
 @triton.jit
@@ -39,14 +46,27 @@ def _store_pairs(at, here, first, second, R2: tl.constexpr, HALF: tl.constexpr, 
 
 
 @triton.jit
-def _load_rest(at, here, REST: tl.constexpr, REST2: tl.constexpr):
-    """The dims after the rotated ones, fp32 ``[BT, REST2]``; one column of zeros where there are none."""
+def _stored_rest(at, here, REST: tl.constexpr, REST2: tl.constexpr):
+    """The dims after the rotated ones, ``[BT, REST2]``, in the dtype of memory; one column of zeros where there are none."""
     if REST > 0:
         column = tl.arange(0, REST2)[None, :]
-        rest = tl.load(at + column, mask=here & (column < REST), other=0.0).to(tl.float32)
+        rest = tl.load(at + column, mask=here & (column < REST), other=0.0)
     else:
-        rest = tl.zeros((at.shape[0], 1), tl.float32)
+        rest = tl.zeros((at.shape[0], 1), at.dtype.element_ty)
     return rest
+
+
+@triton.jit
+def _load_rest(at, here, REST: tl.constexpr, REST2: tl.constexpr):
+    """The same in fp32."""
+    return _stored_rest(at, here, REST, REST2).to(tl.float32)
+
+
+@triton.jit
+def stored_head(at, here, R2: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, REST2: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The three parts of a head in the dtype of memory."""
+    first, second = _stored_pairs(at, here, R2, HALF, INTERLEAVED)
+    return first, second, _stored_rest(at + 2 * R2, here, REST, REST2)
 
 
 @triton.jit
@@ -57,24 +77,33 @@ def _store_rest(at, here, rest, REST: tl.constexpr, REST2: tl.constexpr):
 
 
 @triton.jit
-def load_tables(
+def stored_tables(
     cos, sin, cos_at, sin_at, here, ROPE: tl.constexpr, R2: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, SECOND: tl.constexpr
 ):  # fmt: skip
-    """cos and sin for the first and for the second numbers of the pairs."""
+    """cos and sin for the first and for the second numbers of the pairs, in the dtype of memory."""
     if ROPE:
         column = tl.arange(0, HALF)[None, :]
         mask = here & (column < R2)
-        cos_1 = tl.load(cos + cos_at + column * STEP, mask=mask, other=0.0).to(tl.float32)
-        sin_1 = tl.load(sin + sin_at + column * STEP, mask=mask, other=0.0).to(tl.float32)
+        cos_1 = tl.load(cos + cos_at + column * STEP, mask=mask, other=0.0)
+        sin_1 = tl.load(sin + sin_at + column * STEP, mask=mask, other=0.0)
         if SECOND > 0:
-            cos_2 = tl.load(cos + cos_at + column * STEP + SECOND, mask=mask, other=0.0).to(tl.float32)
-            sin_2 = tl.load(sin + sin_at + column * STEP + SECOND, mask=mask, other=0.0).to(tl.float32)
+            cos_2 = tl.load(cos + cos_at + column * STEP + SECOND, mask=mask, other=0.0)
+            sin_2 = tl.load(sin + sin_at + column * STEP + SECOND, mask=mask, other=0.0)
         else:
             cos_2, sin_2 = cos_1, sin_1
     else:
         one = tl.full((1, 1), 1.0, tl.float32)
         cos_1, sin_1, cos_2, sin_2 = one, one * 0.0, one, one * 0.0
     return cos_1, sin_1, cos_2, sin_2
+
+
+@triton.jit
+def load_tables(
+    cos, sin, cos_at, sin_at, here, ROPE: tl.constexpr, R2: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, SECOND: tl.constexpr
+):  # fmt: skip
+    """The same in fp32."""
+    cos_1, sin_1, cos_2, sin_2 = stored_tables(cos, sin, cos_at, sin_at, here, ROPE, R2, HALF, STEP, SECOND)
+    return cos_1.to(tl.float32), sin_1.to(tl.float32), cos_2.to(tl.float32), sin_2.to(tl.float32)
 
 
 @triton.jit
@@ -98,12 +127,12 @@ def _turn_back(first, second, cos_1, sin_1, cos_2, sin_2, ROPE: tl.constexpr):
 
 @triton.jit
 def _square_sum(first, second, rest):
-    return tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(rest * rest, 1)
+    return tl.sum(first * first + second * second, 1) + tl.sum(rest * rest, 1)
 
 
 @triton.jit
 def _dot(a_1, a_2, a_3, b_1, b_2, b_3):
-    return tl.sum(a_1 * b_1, 1) + tl.sum(a_2 * b_2, 1) + tl.sum(a_3 * b_3, 1)
+    return tl.sum(a_1 * b_1 + a_2 * b_2, 1) + tl.sum(a_3 * b_3, 1)
 
 
 @triton.jit
@@ -166,19 +195,21 @@ def one_head(
 
 @triton.jit
 def one_head_backward(
-    x, dy, dx, here, rstd, mean, w_1, w_2, w_3, cos_1, sin_1, cos_2, sin_2, eps, D: tl.constexpr, R2: tl.constexpr, HALF: tl.constexpr,
-    REST: tl.constexpr, REST2: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, CAST_FIRST: tl.constexpr,
+    y_1, y_2, y_3, g_1, g_2, g_3, dx, here, rstd, mean, w_1, w_2, w_3, cos_1, sin_1, cos_2, sin_2, eps, D: tl.constexpr, R2: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, REST2: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Backward of one head of a block of tokens; `rstd` and `mean` are used by a full norm only. Returns what the weight's gradient sums up."""
+    """Backward of one head y of a block of tokens, with the gradient g of its result; both as `stored_head` returns them.
+
+    `rstd` and `mean` are used by a full norm only, y by a norm. Returns what the weight's gradient sums up.
+    """
     dtype: tl.constexpr = dx.dtype.element_ty
-    g_1, g_2 = _load_pairs(dy, here, R2, HALF, INTERLEAVED)
-    g_3 = _load_rest(dy + 2 * R2, here, REST, REST2)
+    g_1, g_2, g_3 = g_1.to(tl.float32), g_2.to(tl.float32), g_3.to(tl.float32)
     s_1, s_2, s_3 = g_1, g_2, g_3
     if NORM != 3:
         g_1, g_2 = _turn_back(g_1, g_2, cos_1, sin_1, cos_2, sin_2, ROPE)
     if NORM != 0:
-        y_1, y_2 = _load_pairs(x, here, R2, HALF, INTERLEAVED)
-        y_3 = _load_rest(x + 2 * R2, here, REST, REST2)
+        y_1, y_2, y_3 = y_1.to(tl.float32), y_2.to(tl.float32), y_3.to(tl.float32)
         if NORM == 3:
             y_1, y_2 = _turn(y_1, y_2, cos_1, sin_1, cos_2, sin_2, ROPE)
         if NORM != 2:
