@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from .experts.gemm import why_not_grouped
 from .experts.parallel_linear import ParallelLinearSpec
-from .layers import attention_block_backends, mlp_backends, norm_backends, te_backends  # noqa: F401  (each registers backends)
+from .layers import attention_block_backends, mlp_backends, norm_backends, router_backends, te_backends  # noqa: F401  (each registers backends)
 from .layers.attention import backends as attention_backends  # noqa: F401
 from .layers.loss import backends as loss_backends  # noqa: F401
 from .layers.mixers import backends as mixer_backends  # noqa: F401
@@ -22,6 +22,7 @@ from .match import (  # noqa: F401  (each registers matchers)
     norm,
     parallel_linear,
     residual,
+    router,
     scored_block,
 )
 from .registry import register_backend

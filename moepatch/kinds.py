@@ -20,6 +20,7 @@ from .layers.mixers.ssd import SSD_MIXER
 from .layers.mlp import MLP
 from .layers.norm import NORM
 from .layers.residual import RESIDUAL
+from .layers.router import ROUTER
 from .trial import Call
 
 _TRIAL_TOKENS = 24
@@ -129,6 +130,7 @@ KINDS: dict[str, Kind] = {
         SELECTIVE_MIXER,
         MLP,
         NORM,
+        ROUTER,
         RESIDUAL,
         LOSS,
         LINEAR,

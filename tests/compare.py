@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import zoo
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+
+from moepatch import registry
+from moepatch.layers.router import reference_router
 
 
 def step(name: str, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -117,15 +121,17 @@ class PinnedRouting(TorchFunctionMode):
 
     ``with PinnedRouting(model) as pins`` records, ``with PinnedRouting(other, pins)`` replays, as often as the model is called. Only
     calls of topk, max and argmax inside modules named gate or router, or around those that are linears, are pinned; the values still
-    flow, with their gradients.
+    flow, with their gradients. A replay may leave calls out: what was recorded for tensors of other shapes is passed over. Our kernels
+    for routers call none of these, so plain torch stands in for them.
     """
 
     def __init__(self, model: nn.Module, recorded: PinnedRouting | None = None):
         super().__init__()
-        self.choices: dict[str, list[torch.Tensor]] = {} if recorded is None else recorded.choices
+        self.choices: dict[str, list[tuple[torch.Size, torch.Tensor]]] = {} if recorded is None else recorded.choices
         self.replaying = recorded is not None
         self.inside: list[str] = []
         self.handles = []
+        self.plain = mock.patch.dict(registry._LOADED, {("router", "triton"): reference_router})
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in ("gate", "router"):
                 if type(module) is nn.Linear:  # what is around it chooses
@@ -147,9 +153,11 @@ class PinnedRouting(TorchFunctionMode):
             return out
         indices = out if name == "argmax" else out[1]
         if not self.replaying:
-            self.choices[self.inside[-1]].append(indices)
+            self.choices[self.inside[-1]].append((args[0].shape, indices))
             return out
-        pinned = self.choices[self.inside[-1]][self.position]
+        recorded = self.choices[self.inside[-1]]
+        self.position = next(i for i in range(self.position, len(recorded)) if recorded[i][0] == args[0].shape)
+        pinned = recorded[self.position][1]
         self.position += 1
         if name == "argmax":
             return pinned
@@ -158,7 +166,12 @@ class PinnedRouting(TorchFunctionMode):
         values = args[0].gather(dim, index)
         return type(out)((values if pinned.ndim == args[0].ndim else values.squeeze(dim), pinned))
 
+    def __enter__(self):
+        self.plain.start()
+        return super().__enter__()
+
     def __exit__(self, *exc):
+        self.plain.stop()
         for handle in self.handles:
             handle.remove()
         return super().__exit__(*exc)

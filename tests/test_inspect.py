@@ -140,6 +140,8 @@ def test_golden_text(folder, bare_machine):
         apart                                                     installed: triton
         norm: RMS norm           6  own forward       reference   fallback; not
                                                                   installed: triton
+        router: softmax          3  own forward       reference   fallback; not
+                                                                  installed: triton
         norm: RMS norm           7  own forward       reference   fallback; not
                                                                   installed: triton
         loss: head               1  logits in memory  chunked     ok
@@ -157,6 +159,8 @@ def test_golden_text(folder, bare_machine):
           norm: RMS norm  RMS 16 eps=1e-06 cast before
             model.layers.{0…2}.self_attn.q_norm
             model.layers.{0…2}.self_attn.k_norm
+          router: softmax  8 experts H=64 top-2 softmax
+            model.layers.{0…2}.mlp.gate
           norm: RMS norm  RMS 64 eps=1e-06 cast before
             model.layers.{0…2}.input_layernorm
             model.layers.{0…2}.post_attention_layernorm
@@ -206,7 +210,7 @@ def test_golden_json(folder, bare_machine):
     }
     experts, *dense = data["patterns"]
     assert experts["fqns"] == [f"model.layers.{i}.mlp.experts" for i in range(3)]
-    counts = [("attention_function", 1), ("residual", 3), ("attention_block", 3), ("norm", 6), ("norm", 7), ("loss", 1)]
+    counts = [("attention_function", 1), ("residual", 3), ("attention_block", 3), ("norm", 6), ("router", 3), ("norm", 7), ("loss", 1)]
     assert [(pattern["kind"], pattern["count"]) for pattern in dense] == counts
     norm = dense[3]
     assert norm["choices"] == {"triton": "not installed (pip install triton)", "reference": "available"}

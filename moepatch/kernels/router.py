@@ -1,0 +1,140 @@
+"""Routers in Triton: torch's linear, then one kernel that scores, chooses and weighs; backward one kernel before the linear's GEMMs.
+
+Scores are computed in fp32 from the logits as the linear rounded them, so with the same logits the choice is the family's. Among equal
+scores the lowest expert comes first; torch.topk leaves that open. The truth is `moepatch.layers.router.reference_router`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..layers.router import GROUP_SCORES, SCORES, Routing, RouterSpec, logits_of, reference_choice, result_dtype
+from .launch import Prepared
+from .router_jit import choice_kernel, gradient_kernel
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+#: The most experts, and choices, that a program holds in registers.
+MOST_EXPERTS, MOST_CHOICES = 1024, 32
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def too_large(spec: RouterSpec) -> str | None:
+    """Why the kernels cannot take a router, or None."""
+    if spec.num_experts > MOST_EXPERTS or spec.top_k > MOST_CHOICES:
+        return f"top-{spec.top_k} of {spec.num_experts} experts do not fit into registers (at most top-{MOST_CHOICES} of {MOST_EXPERTS})"
+    if spec.groups and (spec.groups & (spec.groups - 1) or spec.num_experts & (spec.num_experts - 1)):
+        return f"{spec.groups} groups of {spec.num_experts} experts are not both powers of two"
+    return None
+
+
+def router(x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, spec: RouterSpec) -> Routing:
+    """Arguments and result as for `reference_router`, which does after the linear what the kernels cannot."""
+    logits = logits_of(x, weight, bias, spec)
+    dtype = result_dtype(x, logits, spec)
+    if not _serves(logits, dtype, correction):
+        return logits, *reference_choice(logits, correction, spec, dtype)
+    return _Router.apply(logits, correction, spec, dtype)
+
+
+def _serves(logits: Tensor, dtype: torch.dtype, correction: Tensor | None) -> bool:
+    """Whether the kernels can take these logits; the device may have changed since the patch."""
+    return (
+        not torch.compiler.is_compiling()
+        and (logits.is_cuda or _interpreted())
+        and type(logits) is Tensor
+        and logits.dtype in _DTYPES
+        and dtype in _DTYPES
+        and logits.numel() > 0
+        and (correction is None or correction.device == logits.device)
+    )
+
+
+@functools.cache
+def _interpreted() -> bool:
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+class _Router(torch.autograd.Function):
+    """The logits pass through, so that what a loss says about them meets the gradient of the weights inside the kernel."""
+
+    @staticmethod
+    def forward(ctx, logits, correction, spec, dtype):
+        logits = logits.contiguous()
+        tokens = logits.shape[0]
+        weights = torch.empty((tokens, spec.top_k), dtype=dtype, device=logits.device)
+        ids = torch.empty((tokens, spec.top_k), dtype=torch.int64, device=logits.device)
+        rows, kernel = _prepared_choice(spec, logits.dtype)
+        kernel((-(-tokens // rows),), logits, correction, weights, ids, tokens)
+        ctx.spec = spec
+        ctx.save_for_backward(logits, ids)
+        ctx.mark_non_differentiable(ids)
+        ctx.set_materialize_grads(False)
+        return logits.view_as(logits), weights, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogits, dweights, _):
+        if dweights is None:
+            return dlogits, None, None, None
+        logits, ids = ctx.saved_tensors
+        total = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        rows, kernel = _prepared_gradient(ctx.spec, dlogits is not None)
+        dlogits = None if dlogits is None else dlogits.contiguous()
+        kernel((-(-logits.shape[0] // rows),), logits, ids, dweights.contiguous(), dlogits, total, logits.shape[0])
+        return total, None, None, None
+
+
+# --- launches ------------------------------------------------------------------------------------------------------------------------
+
+
+def _constants(spec: RouterSpec, plain: bool) -> dict:
+    """What both kernels know of a router. A softmax that is renormalised is one over the chosen logits: the sum over all cancels."""
+    score = "chosen" if spec.score == "softmax" and spec.renormalise else spec.score
+    block = max(2, triton.next_power_of_2(spec.num_experts))
+    rows, warps = _tile(block, plain)
+    return {
+        "E": spec.num_experts,
+        "K": spec.top_k,
+        "BLOCK": block,
+        "ROWS": rows,
+        "SCORE": SCORES.index(score),
+        "NORMED": spec.renormalise or score == "chosen",
+        "EPS": spec.eps,
+        "SCALE": spec.scale,
+        "num_warps": warps,
+    }
+
+
+def _tile(block: int, plain: bool) -> tuple[int, int]:
+    """Rows and warps of a program: a warp has a whole row, or several narrow ones, so that no reduction leaves the warp.
+
+    Triton lays 512 scores on four warps so if nothing but the scores is read; wider rows and other operands it spreads over the warps.
+    """
+    return (512 // block, 4) if plain and block <= 128 else (max(1, 128 // block), 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _prepared_choice(spec: RouterSpec, dtype: torch.dtype) -> tuple[int, Prepared]:
+    """Tokens of a program, and the kernel."""
+    plain = not spec.groups and spec.correction is None
+    constants = _constants(spec, plain)
+    return constants["ROWS"], Prepared(
+        choice_kernel, **constants, SLOTS=triton.next_power_of_2(spec.top_k), CORRECTED=spec.correction is not None, PLAIN=plain,
+        SHORT=plain and dtype.itemsize == 2, GROUPS=spec.groups, CHOSEN_GROUPS=spec.chosen_groups,
+        GROUP_SCORE=GROUP_SCORES.index(spec.group_score), ZEROED=spec.zeroed, SOFTMAX=spec.score != "sigmoid",
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _prepared_gradient(spec: RouterSpec, added: bool) -> tuple[int, Prepared]:
+    """Tokens of a program, and the kernel."""
+    constants = _constants(spec, True)
+    return constants["ROWS"], Prepared(gradient_kernel, **constants, ADD=added)
