@@ -161,12 +161,18 @@ def backend(table: str, name: str) -> Backend:
     return _BACKENDS[table, name]
 
 
+#: Tables whose plain torch form torch.compile fuses by itself, where it could not follow every library's kernels.
+FUSED_BY_COMPILE = ("norm", "residual", "mlp", "attention_block")
+
+
 def compute(table: str, name: str) -> Callable[..., Any]:
-    """The compute function of a backend, loaded at first use.
+    """The compute function of a backend, loaded at first use; while torch.compile traces, plain torch for the tables of `FUSED_BY_COMPILE`.
 
     Raises:
         BackendUnavailable: as `backend`.
     """
+    if torch.compiler.is_compiling() and table in FUSED_BY_COMPILE:
+        name = "reference"
     if (table, name) not in _LOADED:
         _LOADED[table, name] = backend(table, name).load()
     return _LOADED[table, name]

@@ -68,7 +68,7 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
         module: called with `call`; its parameters' gradients are read.
         call: its floating tensors get gradients.
         forward: called as ``forward(module, ...)`` instead of the module's own forward.
-        seed: of the random cotangent.
+        seed: of the random cotangent; that of a single number, a loss, is 1, as in a training step.
 
     Returns:
         Every output and every gradient by name, on the CPU in fp32 or wider. A gradient that autograd leaves out is 0.
@@ -79,7 +79,7 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
         outputs = module.forward(*call.args, **call.kwargs) if forward is None else forward(module, *call.args, **call.kwargs)
         outputs = [o for o in tree_flatten(outputs)[0] if isinstance(o, Tensor) and o.requires_grad]
         generator = torch.Generator().manual_seed(seed)
-        loss = sum((o * torch.randn(o.shape, generator=generator).to(o)).sum() for o in outputs)
+        loss = sum((o * _cotangent(o, generator)).sum() for o in outputs)
         leaves = {f"grad input {i}": leaf for i, leaf in enumerate(call.leaves())}
         leaves |= {f"grad {name}": p for name, p in parameters.items()}
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -121,6 +121,11 @@ def inject(module: nn.Module, injections: Mapping[str, tuple[type[Patched], obje
     for name, (mixin, state) in injections.items():
         InjectClass(module.get_submodule(name), mixin, state).do()
     return module
+
+
+def _cotangent(output: Tensor, generator: torch.Generator) -> Tensor:
+    # Backends that have a loss's gradients before its cotangent would round them twice for any other number.
+    return torch.ones_like(output) if output.numel() == 1 else torch.randn(output.shape, generator=generator).to(output)
 
 
 def _is_floating(leaf: object) -> bool:

@@ -17,6 +17,7 @@ from test_parallel import mesh_of, whole
 from torch import nn
 
 import moepatch
+from moepatch.registry import compute
 from moepatch.regional import CompileLayer, compile_layers, layer_graphs
 from moepatch.surgery import Journal
 
@@ -58,6 +59,16 @@ def _fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("table", ["norm", "residual", "mlp", "attention_block"])
+def test_a_compiler_sees_plain_torch(table, monkeypatch):
+    """Libraries' kernels stop it (Liger's norm does), and it fuses these by itself."""
+    plain = compute(table, "reference")
+    assert compute(table, "reference") is plain
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert compute(table, "triton") is plain
+    assert compute("experts", "torch") is not compute("experts", "reference")
 
 
 def test_layers_of_a_class_share_one_graph():
