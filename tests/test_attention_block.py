@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import compare
 import pytest
 import torch
 import transformers
 import zoo
+from interpreter import needs_triton, passes_in_the_interpreter
 from torch import nn
 
 from moepatch import kinds
@@ -372,16 +368,13 @@ def test_rotations_keep_lengths(rope):
     assert torch.allclose(rotate(x, angles.cos(), angles.sin(), rope).norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_in_tritons_interpreter():
-    root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0 and "cases equal" in run.stdout, run.stdout + run.stderr
+    passes_in_the_interpreter(__file__, "cases equal")
 
 
 if __name__ == "__main__":
-    from test_norm import let_tensors_bound_loops
+    from interpreter import let_tensors_bound_loops
 
     let_tensors_bound_loops()
     check_kernels()

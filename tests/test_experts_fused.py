@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import fake_quack
 import pytest
 import test_experts
 import torch
+from interpreter import needs_triton, passes_in_the_interpreter
 
 from moepatch.errors import BackendUnavailable
 from moepatch.experts import fused, quack, quack_calls
@@ -305,12 +302,9 @@ def check_layers():
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_in_tritons_interpreter():
-    root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0 and "24 routes, 3 movements, 3 layers" in run.stdout, run.stdout + run.stderr
+    passes_in_the_interpreter(__file__, "24 routes, 3 movements, 3 layers", timeout=280)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

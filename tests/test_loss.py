@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import inspect
 import io
 import itertools
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import compare
 import pytest
 import torch
 import transformers
 import zoo
+from interpreter import needs_triton, passes_in_the_interpreter
 from ranks import on_ranks
 from torch import nn
 from torch.nn import functional as F
@@ -810,12 +806,9 @@ def check_kernels():
     print(f"{done} cases equal")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_in_tritons_interpreter():
-    root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=110)
-    assert run.returncode == 0 and "160 cases equal" in run.stdout, run.stdout + run.stderr
+    passes_in_the_interpreter(__file__, "160 cases equal", timeout=110)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 import importlib.machinery
 import importlib.util
-import os
 import pickle
-import subprocess
 import sys
 import types
 from dataclasses import replace
-from pathlib import Path
 
 import compare
 import pytest
 import torch
 import zoo
+from interpreter import let_tensors_bound_loops, needs_triton, passes_in_the_interpreter
 from torch import nn
 
 from moepatch import registry
@@ -294,13 +292,11 @@ def check_kernels():
     print("kernels equal")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_in_tritons_interpreter():
-    root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0 and "kernels equal" in run.stdout, run.stdout + run.stderr
+    passes_in_the_interpreter(__file__, "kernels equal")
 
 
 if __name__ == "__main__":
+    let_tensors_bound_loops()
     check_kernels()

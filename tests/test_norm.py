@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
 import pickle
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import compare
 import pytest
 import torch
 import transformers
 import zoo
+from interpreter import let_tensors_bound_loops, needs_triton, passes_in_the_interpreter
 from torch import nn
 
 import moepatch
@@ -274,19 +270,6 @@ def check(form, shape, dtype, weight_dtype=None, cut=None):
             assert compare.error(a[key].float(), truth.float()) < limit, (form, shape, dtype, key, compare.error(a[key].float(), truth.float()))
 
 
-def let_tensors_bound_loops():
-    """numpy 2.4 no longer turns an array of one number into an int, which Triton 3.6's interpreter does with the bounds of a loop."""
-    from triton.runtime import interpreter
-
-    before = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope):
-        before(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch
-
-
 def check_kernels():
     """Every form, in shapes that leave tails of rows and columns; fp16, since Triton's interpreter truncates to bf16 where GPUs round."""
     done = 0
@@ -305,12 +288,9 @@ def check_kernels():
     print(f"{done} cases agree")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_in_tritons_interpreter():
-    root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0 and "70 cases agree" in run.stdout, run.stdout + run.stderr
+    passes_in_the_interpreter(__file__, "70 cases agree")
 
 
 if __name__ == "__main__":

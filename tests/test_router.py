@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import compare
 import pytest
 import torch
 import zoo
+from interpreter import needs_triton, passes_in_the_interpreter
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -325,12 +321,9 @@ def check_kernels():
     print(f"{done} cases agree")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_in_tritons_interpreter():
-    root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0 and "58 cases agree" in run.stdout, run.stdout + run.stderr
+    passes_in_the_interpreter(__file__, "58 cases agree")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,7 @@ What only GPUs can show (peers' memory, barriers on the device, no waiting) is n
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +13,7 @@ import pytest
 import test_parallel
 import torch
 import torch.distributed as dist
+from interpreter import needs_triton, passes_in_the_interpreter
 from ranks import RankError, on_ranks
 
 import moepatch
@@ -211,12 +208,9 @@ def check_kernels():
     print(f"{done} cases equal")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_kernels_in_tritons_interpreter():
-    root = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=110)
-    assert run.returncode == 0 and "40 cases equal" in run.stdout, run.stdout + run.stderr
+    passes_in_the_interpreter(__file__, "40 cases equal", timeout=110)
 
 
 if __name__ == "__main__":

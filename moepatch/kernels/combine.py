@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .launch import launch
-from .routes import Routing, jit, launches, most_programs, wide_type
+from .jit import jit
+from .routes import Routing, launches, most_programs, wide_type
 
 try:  # The references and everything that only asks need no Triton.
     import triton

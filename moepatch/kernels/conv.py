@@ -16,7 +16,7 @@ try:  # The reference needs no Triton.
 except ImportError:
     triton = None
 
-from .routes import jit
+from .jit import jit
 
 _ROWS, _CHANNELS = 32, 128
 

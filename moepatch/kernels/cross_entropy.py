@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .jit import jit
 from .launch import launch
 
 try:  # The references need no Triton.
@@ -21,10 +22,6 @@ _SLICES = 4
 _WARPS = 16
 #: Rows should begin at multiples of so many numbers.
 ALIGNMENT = 16
-
-
-def _jit(**options):
-    return triton.jit(**options) if triton else lambda function: function
 
 
 def cross_entropy_rows(z_CV: Tensor, labels_C: Tensor, loss_C: Tensor, divisor: Tensor | None, formula, *, grads: bool) -> None:
@@ -83,7 +80,7 @@ def row_block(vocab: int) -> tuple[int, int]:
     return warps * 256, warps
 
 
-@_jit(do_not_specialize=["ignore_index"])
+@jit(do_not_specialize=["ignore_index"])
 def _rows_kernel(
     z_CV, labels_C, loss_C, divisor, stride, ignore_index, scale, softcap,
     V: tl.constexpr, WIDTH: tl.constexpr, DIVIDE: tl.constexpr, CAP: tl.constexpr, GRADS: tl.constexpr, SLICES: tl.constexpr, BLOCK: tl.constexpr,
@@ -136,7 +133,7 @@ def _rows_kernel(
             tl.store(begin + at + column, grad.to(z_CV.dtype.element_ty), mask=here)
 
 
-@_jit()
+@jit()
 def _logit(z, factor, softcap, CAP: tl.constexpr):
     """``y·log2(e)``."""
     if CAP:
@@ -165,7 +162,7 @@ def launch_scale(x: Tensor, factor: Tensor) -> None:
         launch(_scale_kernel, (min(triton.cdiv(x.numel(), 4096), 1056),), x, factor, x.numel(), BLOCK=4096, num_warps=8)
 
 
-@_jit()
+@jit()
 def _scale_kernel(x, factor, N, BLOCK: tl.constexpr):
     by = tl.load(factor).to(tl.float32)
     if tl.abs(by - 1) < 1e-6:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..experts.activation import Activation
 from .gated_formulas import formula
 from .launch import Prepared
-from .routes import jit
+from .jit import jit
 
 try:  # The references and everything that only asks need no Triton.
     import triton.language as tl

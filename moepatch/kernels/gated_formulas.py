@@ -5,7 +5,7 @@ All are Triton functions for tiles of any shape; `kernels.gated` loads the tiles
 
 from __future__ import annotations
 
-from .routes import jit
+from .jit import jit
 
 try:
     import triton.language as tl

@@ -5,6 +5,8 @@ Constants say where a norm rounds (``CAST``: 0 before the weight, 1 after it, 2 
 
 from __future__ import annotations
 
+from .jit import jit
+
 try:
     import triton
     import triton.language as tl
@@ -12,11 +14,7 @@ except ImportError:
     triton = None
 
 
-def _jit(**options):
-    return triton.jit(**options) if triton else lambda function: function
-
-
-@_jit()
+@jit()
 def _gate_of(gate, GATE: tl.constexpr):
     """A gate's factor and its derivative."""
     s = tl.sigmoid(gate)
@@ -25,7 +23,7 @@ def _gate_of(gate, GATE: tl.constexpr):
     return s, s * (1 - s)
 
 
-@_jit()
+@jit()
 def _weight_row(weight, at, inside, OFFSET: tl.constexpr, CAST: tl.constexpr):
     """The factors of a row, in fp32; what is rounded before the product adds the offset in the weight's dtype."""
     w = tl.load(weight + at, mask=inside, other=0)
@@ -36,7 +34,7 @@ def _weight_row(weight, at, inside, OFFSET: tl.constexpr, CAST: tl.constexpr):
     return (w.to(tl.float32) + OFFSET).to(w.dtype).to(tl.float32)
 
 
-@_jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def forward_kernel(
     x, residual, weight, gate, y, total, rstd, rows, outer_stride, inner_stride, eps,
     N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, WEIGHT: tl.constexpr,
@@ -73,7 +71,7 @@ def forward_kernel(
     tl.store(y + to, out.to(y.dtype.element_ty), mask=inside)
 
 
-@_jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def backward_kernel(
     dy, dstream, x, weight, gate, rstd, dx, dgate, partial, rows, outer_stride, inner_stride,
     N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, WEIGHT: tl.constexpr,
@@ -123,7 +121,7 @@ def backward_kernel(
         tl.store(partial + (group * programs + program) * N + col, tl.sum(dw, 0)[None, :], mask=col < N)
 
 
-@_jit(do_not_specialize=["programs"])
+@jit(do_not_specialize=["programs"])
 def sum_kernel(partial, dweight, programs, N: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """Sums what the programs of `backward_kernel` found, in an order that is always the same."""
     group = tl.program_id(1)

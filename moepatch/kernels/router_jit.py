@@ -6,6 +6,8 @@ tokens in registers, padded to ``BLOCK`` experts.
 
 from __future__ import annotations
 
+from .jit import jit
+
 try:
     import triton
     import triton.language as tl
@@ -13,11 +15,7 @@ except ImportError:
     triton = None
 
 
-def _jit(**options):
-    return triton.jit(**options) if triton else lambda function: function
-
-
-@_jit()
+@jit()
 def _keys_of(scores, place, SHORT: tl.constexpr):
     """Integers that are in the order of the scores, the lower place first among equal ones; NaN is above all, as in torch.topk.
 
@@ -34,7 +32,7 @@ def _keys_of(scores, place, SHORT: tl.constexpr):
         return (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32) | place
 
 
-@_jit()
+@jit()
 def _without(keys, taken, SHORT: tl.constexpr):
     """The keys with some replaced by one below all others."""
     if SHORT:
@@ -43,7 +41,7 @@ def _without(keys, taken, SHORT: tl.constexpr):
         return tl.where(taken, -0x7FFFFFFFFFFFFFFF, keys)
 
 
-@_jit()
+@jit()
 def _within_groups(
     scores, E: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, CHOSEN_GROUPS: tl.constexpr, GROUP_SCORE: tl.constexpr, ZEROED: tl.constexpr
 ):
@@ -65,7 +63,7 @@ def _within_groups(
     return tl.reshape(reached, (ROWS, E))
 
 
-@_jit(do_not_specialize=["tokens"])
+@jit(do_not_specialize=["tokens"])
 def choice_kernel(
     logits, correction, weights, ids, tokens,
     E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, SCORE: tl.constexpr, SOFTMAX: tl.constexpr,
@@ -109,7 +107,7 @@ def choice_kernel(
     tl.store(weights + row * K + slot, (out * SCALE).to(weights.dtype.element_ty), mask=inside)
 
 
-@_jit(do_not_specialize=["tokens"])
+@jit(do_not_specialize=["tokens"])
 def gradient_kernel(
     logits, ids, dweights, dlogits, total, tokens,
     E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SCORE: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,

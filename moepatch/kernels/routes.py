@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..experts.routes import Routes, sort_routes
+from .jit import jit
 from .launch import launch
 
 try:  # The references and everything that only asks need no Triton.
@@ -61,11 +62,6 @@ class Routing(NamedTuple):
 def launches(x: Tensor) -> bool:
     """True if kernels can run on this tensor: it is on a GPU, or Triton interprets."""
     return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-
-
-def jit(**options):
-    """``triton.jit(**options)``, or nothing without Triton."""
-    return triton.jit(**options) if triton else lambda function: function
 
 
 @functools.cache

@@ -17,7 +17,7 @@ try:
 except ImportError:
     triton = None
 
-from .routes import jit
+from .jit import jit
 
 _TILE, _CHANNELS = 16, 32
 

@@ -10,7 +10,7 @@ try:
 except ImportError:
     tl = None
 
-from .routes import jit
+from .jit import jit
 
 
 @jit()

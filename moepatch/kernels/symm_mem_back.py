@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .launch import Prepared
-from .routes import jit, launches
+from .jit import jit
+from .routes import launches
 from .symm_mem import Edges, Peers, block
 
 try:  # The references and everything that only asks need no Triton.
