@@ -6,14 +6,12 @@ FP8 GEMM.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..layers.fp8 import rounded_linear
+from ..layers.fp8 import RoundedState, rounded_linear
 from ..surgery import InjectClass, Patched
 from ..trial import eager_forward
 
@@ -22,14 +20,8 @@ _PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__
 
 def round_products(module: nn.Module) -> nn.Module:
     """Makes a copy of a family's experts module multiply as `layers.fp8.rounded_linear` does. Returns the copy."""
-    InjectClass(module, _Rounded, _RoundedState()).do()
+    InjectClass(module, _Rounded, RoundedState()).do()
     return module
-
-
-@dataclass(frozen=True)
-class _RoundedState:
-    def __str__(self) -> str:
-        return "rounded to FP8"
 
 
 class _Rounded(Patched):

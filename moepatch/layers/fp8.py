@@ -35,12 +35,14 @@ def round_linear_layers(module: nn.Module) -> nn.Module:
     """Makes every ``nn.Linear`` in a copy of a module (or the copy itself) compute as `rounded_linear`. Returns the copy."""
     for child in list(module.modules()):
         if type(child) is nn.Linear:
-            InjectClass(child, _Rounded, _RoundedState()).do()
+            InjectClass(child, _Rounded, RoundedState()).do()
     return module
 
 
 @dataclass(frozen=True)
-class _RoundedState:
+class RoundedState:
+    """Of a module whose products are rounded; there is nothing to know."""
+
     def __str__(self) -> str:
         return "rounded to FP8"
 
