@@ -78,7 +78,8 @@ def optimize(
             fp32 where the family does so in bf16).
         measure: on a GPU, time the backends that can serve a pattern and take the fastest. Done once for each shape; results are kept in
             ``$MOEPATCH_CACHE``, else in the user's cache directory.
-        compile: ``"regional"`` compiles what is left of every decoder layer with ``torch.compile``, in place; the report counts its graphs.
+        compile: ``"regional"`` compiles every decoder layer with ``torch.compile``, in place. Norms, residual sums, rope and dense MLPs are plain
+            torch then, which it fuses by itself; the report counts its graphs.
         overrides: a backend by table, for example ``experts="reference"``; None leaves that table's modules alone (``loss=None``).
 
     Returns:
