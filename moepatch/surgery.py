@@ -50,6 +50,12 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return type(module)._moepatch_parts[1] if isinstance(module, Patched) else type(module)
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether not calling a module's ``__call__``, but computing what it does, leaves nothing out."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooked and "forward" not in module.__dict__
+
+
 @dataclass
 class InjectClass:
     """The step that turns a module into a patched one.

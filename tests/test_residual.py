@@ -204,18 +204,18 @@ def test_hooks_on_norms_are_heard(qwen3, fused):
 
 def test_when_a_norm_may_leave_its_module(qwen3):
     norm = moepatch.optimize(qwen3).model.norm
-    assert not residual._is_bare(norm)  # computed by another backend
+    assert not residual._runs_own_kernel(norm)  # computed by another backend
     norm._moepatch = type(norm._moepatch)(norm._moepatch.spec, "triton")
-    assert residual._is_bare(norm)
+    assert residual._runs_own_kernel(norm)
     handle = norm.register_forward_pre_hook(lambda module, args: None)
-    assert not residual._is_bare(norm)
+    assert not residual._runs_own_kernel(norm)
     handle.remove()
-    assert residual._is_bare(norm)
+    assert residual._runs_own_kernel(norm)
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
-    assert not residual._is_bare(norm)
+    assert not residual._runs_own_kernel(norm)
     handle.remove()
     norm.forward = norm.forward
-    assert not residual._is_bare(norm)
+    assert not residual._runs_own_kernel(norm)
 
 
 def test_a_stream_of_another_dtype_goes_the_familys_way(fused):

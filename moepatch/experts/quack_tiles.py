@@ -186,7 +186,7 @@ def compile_together(jobs: Sequence[tuple[Callable[[Any], Any], Any]]) -> None:
                 run(tiles)
             except CompilePending as job:
                 pending.append((job.sha, run, tiles))
-            except Exception:
+            except Exception:  # not these tiles: `timed` meets the error again and decides
                 continue
         deadline = time.monotonic() + _COMPILE_SECONDS
         # The workers take them from the front and need seconds to start; this process begins at the back.
@@ -196,7 +196,7 @@ def compile_together(jobs: Sequence[tuple[Callable[[Any], Any], Any]]) -> None:
             try:
                 with suppress_pool():
                     run(tiles)
-            except Exception:
+            except Exception:  # as above
                 continue
         while time.monotonic() < deadline and any(pool.poll(sha)[0] == "pending" for sha, _, _ in pending):
             time.sleep(0.02)

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ..kind import Kind
 from ..layout.adjacent import Adjacent
 from ..registry import compute
-from ..surgery import Patched, Step, original_class
+from ..surgery import Patched, Step, is_bare, original_class
 from ..trial import Call
 from .attention.function import direct
 from .attention_span import Span, attention_span
@@ -177,7 +177,7 @@ class PatchedAttentionBlock(Patched):
         y, attention_weights = attend(self, q, k, v, mask, **arguments, **kwargs)
         y = self._gated(spec, y, gate, hidden_states).reshape(*hidden_states.shape[:-1], -1)
         output = self._modules[spec.output]
-        plain = backend in PROJECTIONS and type(output) is nn.Linear and _is_bare(output)
+        plain = backend in PROJECTIONS and type(output) is nn.Linear and is_bare(output)
         return project(backend, y, output) if plain else output(y), attention_weights
 
     def _at_once(self, spec: AttentionBlockSpec, attend, x: Tensor, tables, mask, arguments: Mapping[str, Any], cached: bool):
@@ -186,10 +186,10 @@ class PatchedAttentionBlock(Patched):
         linears = [modules[name] for name in spec.inputs] + [modules[spec.output]]
         if spec.gate is not None or heads.gated or torch.is_autocast_enabled(x.device.type) or torch_module._has_any_global_hook():
             return None
-        if not all(type(linear) is nn.Linear and _is_bare(linear) for linear in linears):
+        if not all(type(linear) is nn.Linear and is_bare(linear) for linear in linears):
             return None
         norms = [modules[name] for name in spec.norms]
-        if not all(_is_bare(norm) and original_class(norm) is spec.norm_class for norm in norms):
+        if not all(is_bare(norm) and original_class(norm) is spec.norm_class for norm in norms):
             return None
         weights = [linear._parameters["weight"] for linear in linears]
         if any(weight.dtype is not x.dtype for weight in weights):
@@ -215,14 +215,14 @@ class PatchedAttentionBlock(Patched):
         if not spec.norms:
             return compute("attention_block", backend)(joint, heads, None, None, cos, sin)
         norms = [self._modules[name] for name in spec.norms]
-        if all(_is_bare(norm) and original_class(norm) is spec.norm_class for norm in norms):
+        if all(is_bare(norm) and original_class(norm) is spec.norm_class for norm in norms):
             return compute("attention_block", backend)(joint, heads, norms[0].weight, norms[1].weight, cos, sin)
         return reference_heads(joint, heads, *norms, cos, sin)
 
     def _projected(self, spec: AttentionBlockSpec, backend: str, x: Tensor) -> Tensor:
         """``[B, S, N]``: queries, keys, values."""
         layers = [self._modules[name] for name in spec.inputs]
-        if not all(type(layer) is nn.Linear and _is_bare(layer) for layer in layers):
+        if not all(type(layer) is nn.Linear and is_bare(layer) for layer in layers):
             return torch.cat([layer(x) for layer in layers], -1)
         return project(backend, x, *layers)
 
@@ -240,12 +240,6 @@ def attention_functions(cls: type) -> tuple[Any, Any] | None:
     if "ALL_ATTENTION_FUNCTIONS" not in names or "eager_attention_forward" not in names:
         return None
     return names["ALL_ATTENTION_FUNCTIONS"], names["eager_attention_forward"]
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Whether not calling a module's ``__call__`` leaves nothing out."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and "forward" not in module.__dict__
 
 
 def _is_fresh(cache: Any, layer: int) -> bool:

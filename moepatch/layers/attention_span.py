@@ -1,8 +1,8 @@
 """All of an attention module as one differentiable function: q/k/v projections, heads, attention, output projection.
 
-Where nothing between them is anybody else's (no hooks, no LoRA, no cache that holds something), one node of autograd stands for a dozen, and each way is a row
-of calls without views and wrappers in between: on a fast GPU a layer of a few thousand tokens waits for Python otherwise. The kernels are
-those of the long way in `attention_block`, and so are the numbers.
+Where nothing between them is anybody else's (no hooks, no LoRA, no cache that holds something), one node of autograd stands for a dozen, and
+each way is a row of calls without views and wrappers in between: on a fast GPU a layer of a few thousand tokens waits for Python otherwise.
+The kernels are those of the long way in `attention_block`, and so are the numbers.
 
 B sequences of S tokens, H hidden, Hq query heads of D dims.
 """

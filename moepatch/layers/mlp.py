@@ -19,7 +19,7 @@ from ..kernels.gated import gated_backward, gated_backward_reference, gated_forw
 from ..kind import Kind
 from ..layout.adjacent import Adjacent, adjacent, joined
 from ..registry import compute
-from ..surgery import Patched
+from ..surgery import Patched, is_bare
 from ..trial import Call
 
 
@@ -120,7 +120,7 @@ class PatchedMlp(Patched):
         spec, backend = self._moepatch.spec, self._moepatch.backend
         children = self._modules
         inputs, down = tuple(children[name] for name in spec.inputs), children[spec.down]
-        if not (all(map(_is_bare, children.values())) and all(type(layer) is nn.Linear for layer in (*inputs, down))):
+        if not (all(map(is_bare, children.values())) and all(type(layer) is nn.Linear for layer in (*inputs, down))):
             return super().forward(*args, **kwargs)
         (x,) = (*args, *kwargs.values())
         weights = MlpWeights(
@@ -133,12 +133,6 @@ class PatchedMlp(Patched):
             x, weights = _cast(x, weights, torch.get_autocast_dtype(x.device.type))
         y_TH = compute("mlp", backend)(x.reshape(-1, spec.hidden), weights, spec)
         return y_TH.view(x.shape)
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Whether not calling a module's ``__call__`` leaves nothing out."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and "forward" not in module.__dict__
 
 
 def _cast(x: Tensor, weights: MlpWeights, dtype: torch.dtype) -> tuple[Tensor, MlpWeights]:

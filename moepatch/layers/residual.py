@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 
 from ..kind import Kind
 from ..registry import compute
-from ..surgery import Patched
+from ..surgery import Patched, is_bare
 from ..trial import Call, inject
 from .norm import NormSpec, NormState, PatchedNorm, own_weight
 
@@ -168,10 +168,10 @@ def triton_ops() -> StreamOps:
     from ..kernels.norm import add_norm, fork_norm
 
     def fork(norm, stream):
-        return fork_norm(stream, own_weight(norm), norm._moepatch.spec) if _is_bare(norm) else _fork(norm, stream)
+        return fork_norm(stream, own_weight(norm), norm._moepatch.spec) if _runs_own_kernel(norm) else _fork(norm, stream)
 
     def add(norm, branch, stream):
-        return add_norm(branch, stream, own_weight(norm), norm._moepatch.spec) if _is_bare(norm) else _add(norm, branch, stream)
+        return add_norm(branch, stream, own_weight(norm), norm._moepatch.spec) if _runs_own_kernel(norm) else _add(norm, branch, stream)
 
     return StreamOps(fork, add)
 
@@ -185,13 +185,12 @@ def _add(norm: nn.Module, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tenso
     return total, norm(total)
 
 
-def _is_bare(norm: nn.Module) -> bool:
+def _runs_own_kernel(norm: nn.Module) -> bool:
     """Whether calling the norm would do nothing but run the own kernel."""
     return (
         isinstance(norm, PatchedNorm)
         and norm._moepatch.backend == "triton"
-        and "forward" not in norm.__dict__
-        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+        and is_bare(norm)
         and not torch_module._has_any_global_hook()
     )
 
