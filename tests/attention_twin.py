@@ -28,6 +28,8 @@ def scores(q, k, how):
 class PlainRaw:
     """A `sinks.Raw` on ``[B, H, S, D]``, or packed on ``[T, H, D]``."""
 
+    own_sinks = False
+
     def forward(self, q, k, v, how):
         if how.cu_seqlens is None:
             s = scores(q, k, how)

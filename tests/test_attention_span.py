@@ -25,6 +25,8 @@ FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe", "glm4_moe", "nemotron_h"
 class Written:
     """An attention written out, behind the interface of a kernel without autograd."""
 
+    own_sinks = False
+
     def __init__(self, tokens_first):
         self.tokens_first = tokens_first
 
@@ -59,22 +61,24 @@ class Written:
         return tuple(self.by_head(g) for g in grads)
 
 
+def heads_forward(*args):
+    q, k, *_ = reference_heads(*args)
+    return q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
+
+
+def heads_backward(joint, spec, q_weight, k_weight, cos, sin, grads):
+    shape = grads[0].shape[0], grads[0].shape[2], sum(spec.splits)
+    leaves = [t if t is None else t.detach().requires_grad_() for t in (joint if joint is not None else torch.zeros(shape), q_weight, k_weight)]
+    with torch.enable_grad():
+        outs = reference_heads(leaves[0], spec, *leaves[1:], cos, sin)[:3]
+        wanted = [t for t in leaves if t is not None]
+        found = list(torch.autograd.grad(outs, wanted, grads[:3]))
+    return tuple(None if t is None else found.pop(0) for t in leaves)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Lets the kernels' launches be done by the reference; counts the modules that were computed at once."""
-
-    def forward(*args):
-        q, k, *_ = reference_heads(*args)
-        return q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
-
-    def backward(joint, spec, q_weight, k_weight, cos, sin, grads):
-        shape = grads[0].shape[0], grads[0].shape[2], sum(spec.splits)
-        leaves = [t if t is None else t.detach().requires_grad_() for t in (joint if joint is not None else torch.zeros(shape), q_weight, k_weight)]
-        with torch.enable_grad():
-            outs = reference_heads(leaves[0], spec, *leaves[1:], cos, sin)[:3]
-            wanted = [t for t in leaves if t is not None]
-            found = list(torch.autograd.grad(outs, wanted, grads[:3]))
-        return tuple(None if t is None else found.pop(0) for t in leaves)
 
     def direct(attend, module, form, mask, *, scaling, s_aux=None, **rest):
         window = mask.window if isinstance(mask, Mask) else (-1, 0)
@@ -88,7 +92,7 @@ def calls(monkeypatch):
         return span(*args)
 
     span = attention_block.attention_span
-    for name, function in (("heads_forward", forward), ("heads_backward", backward)):
+    for name, function in (("heads_forward", heads_forward), ("heads_backward", heads_backward)):
         monkeypatch.setattr(kernels, name, function)
     monkeypatch.setattr(attention_block, "direct", direct)
     monkeypatch.setattr(attention_block, "attention_span", counted)

@@ -1,40 +1,33 @@
-"""FlashAttention 4 (the ``flash-attn-4`` distribution, module `flash_attn.cute`): windows, packed sequences, sinks and softcap in one kernel."""
+"""FlashAttention 4 (the ``flash-attn-4`` distribution, module `flash_attn.cute`): windows, packed sequences, sinks and softcap in one kernel.
+
+Under our own autograd functions it is called by the functions that are under its own one.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .kernel import How, Kernel, needs_gpu, wrong_dims
+from .fa4_cache import kept_compiles
+from .kernel import How, Kernel, Raw, needs_gpu, wrong_dims
 from .spec import AttentionSpec
+
+#: What the functions without autograd are called with: releases may change them.
+_FORWARD = {"softmax_scale", "causal", "window_size_left", "window_size_right", "learnable_sink", "softcap", "return_lse"}
+_BACKWARD = _FORWARD - {"return_lse"}
 
 
 @functools.cache
-def _functions():
+def _library() -> ModuleType:
     # Importing it brings the CuTe compiler along, which takes seconds.
-    from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
-
-    return flash_attn_func, flash_attn_varlen_func
-
-
-def run_fa4(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-    """See `Kernel.run`. The first call of a form compiles for some seconds."""
-    whole, packed = _functions()
-    left, right = how.window
-    options = {
-        "softmax_scale": how.scale,
-        "causal": right == 0,
-        "window_size": (None if left < 0 else left, None if right < 0 or left < 0 else right),
-        "learnable_sink": how.sinks,
-        "softcap": how.softcap or 0.0,
-    }
-    if how.cu_seqlens is None:
-        return whole(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)[0]
-    cu, longest = how.cu_seqlens, how.max_len
-    return packed(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest, **options)[0]
+    with kept_compiles():
+        from flash_attn.cute import interface
+    return interface
 
 
 @functools.cache
@@ -47,15 +40,83 @@ def _why_not_installed() -> str | None:
     return None
 
 
+def _reach(how: How) -> tuple[int | None, int | None]:
+    """The window as the library wants it."""
+    left, right = how.window
+    return None if left < 0 else left, None if right < 0 or left < 0 else right
+
+
+class _FlashAttention4:
+    """FlashAttention 4 on ``[B, S, H, D]``.
+
+    Its forward kernel gives sinks their share on the way, and the kernel that rounds the gradient of the queries sums the sinks' own: both passes over
+    the result that `sinks` would need cost nothing here.
+    """
+
+    tokens_first = True
+    own_sinks = True
+
+    def forward(self, q, k, v, how):
+        return *_library()._flash_attn_fwd(q, k, v, **_options(how), return_lse=True)[:2], ()
+
+    def backward(self, grad, q, k, v, out, lse, rest, how):
+        return _library()._flash_attn_bwd(q, k, v, out, grad, lse, **_options(how))
+
+    def by_head(self, out):
+        return out.transpose(1, 2)
+
+    def lse_by_head(self, lse):
+        return lse
+
+
+def _options(how: How) -> dict:
+    left, right = _reach(how)
+    return {
+        "softmax_scale": how.scale,
+        "causal": how.window[1] == 0,
+        "window_size_left": left,
+        "window_size_right": right,
+        "learnable_sink": how.sinks,
+        "softcap": how.softcap or 0.0,
+    }
+
+
+@functools.cache
+def _raw() -> Raw | None:
+    """None where this release has no such functions."""
+    found = vars(_library())
+    for name, wanted in (("_flash_attn_fwd", _FORWARD), ("_flash_attn_bwd", _BACKWARD)):
+        if name not in found or not wanted <= set(inspect.signature(found[name]).parameters):
+            return None
+    return _FlashAttention4()
+
+
+def run_fa4(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+    """See `Kernel.run`. The first call of a form compiles for some seconds."""
+    options = {
+        "softmax_scale": how.scale,
+        "causal": how.window[1] == 0,
+        "window_size": _reach(how),
+        "learnable_sink": how.sinks,
+        "softcap": how.softcap or 0.0,
+    }
+    if how.cu_seqlens is None:
+        return _library().flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)[0]
+    lengths = {"cu_seqlens_q": how.cu_seqlens, "cu_seqlens_k": how.cu_seqlens, "max_seqlen_q": how.max_len, "max_seqlen_k": how.max_len}
+    return _library().flash_attn_varlen_func(q, k, v, **lengths, **options)[0]
+
+
 def why_not_fa4(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
     """See `Kernel.why_not`."""
     reason = _why_not_installed() or needs_gpu(dtype, device, (9, 0))
     if reason is not None or spec is None:
         return reason
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    if not hopper and (spec.head_dim, spec.v_head_dim) == (192, 128):
+    major = torch.cuda.get_device_capability(device)[0]
+    if major == 12 and (spec.sinks or spec.softcap is not None):
+        return "FlashAttention 4 has no backward pass with sinks or softcap for this GPU"
+    if major != 9 and (spec.head_dim, spec.v_head_dim) == (192, 128):
         return None
-    return wrong_dims(spec, 256 if hopper else 128)
+    return wrong_dims(spec, 256 if major == 9 else 128)
 
 
-FA4 = Kernel("FlashAttention 4", why_not_fa4, run_fa4)
+FA4 = Kernel("FlashAttention 4", why_not_fa4, run_fa4, _raw)

@@ -147,9 +147,10 @@ def direct(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = mask.window if mask is not None else CAUSAL if causal else FULL
     kernel = choose(heads, kv_heads, dim, value_dim, window, s_aux is not None, softcap, False, dtype, device)
-    if kernel is None or kernel.raw is None:
+    raw = kernel.raw() if kernel is not None else None
+    if raw is None:
         return None
-    return kernel.raw, How(dim**-0.5 if scaling is None else scaling, window, s_aux, softcap)
+    return raw, How(dim**-0.5 if scaling is None else scaling, window, s_aux, softcap)
 
 
 def _chooser(chain: Callable[[], Sequence[Kernel]]) -> Callable[..., Kernel | None]:

@@ -38,15 +38,17 @@ class Raw(Protocol):
 
     Attributes:
         tokens_first: whether tensors are ``[B, S, H, D]``, else ``[B, H, S, D]``.
+        own_sinks: whether it takes ``how.sinks`` into account; one that does not computes without them.
     """
 
     tokens_first: bool
+    own_sinks: bool
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         """The result, the log-sum-exp and what else the backward pass needs."""
 
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: tuple, how: How) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v."""
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: tuple, how: How) -> tuple[Tensor, ...]:
+        """The gradients of q, k and v, and of ``how.sinks`` if it takes them into account and there are any."""
 
     def by_head(self, out: Tensor) -> Tensor:
         """A view ``[B, H, S, D]`` of a result, whatever the kernel's layout."""
@@ -64,13 +66,13 @@ class Kernel:
         why_not: from (spec, dtype, device) to None if it serves there, else the reason; spec None asks about the machine alone.
         run: from q ``[B, H, S, D]``, k and v ``[B, G, S, D]`` to ``[B, S, H, Dv]``, or with ``how.cu_seqlens`` from ``[T, heads, dim]`` to
             ``[T, H, Dv]``. Differentiable.
-        raw: the same without autograd where the library has it so, for whole sequences and values as wide as keys.
+        raw: gives the same without autograd where the library has it so, for whole sequences and values as wide as keys; else None.
     """
 
     name: str
     why_not: Callable[[AttentionSpec | None, torch.dtype, torch.device], str | None]
     run: Callable[[Tensor, Tensor, Tensor, How], Tensor]
-    raw: Raw | None = None
+    raw: Callable[[], Raw | None] = lambda: None
 
 
 def first_that_serves(kernels: Sequence[Kernel], spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> Kernel | None:

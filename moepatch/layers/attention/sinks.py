@@ -3,6 +3,7 @@
 A sink is one more logit in the softmax whose weight is dropped. With ``lse' = logaddexp(lse, sink)`` the result is
 ``out' = out * exp(lse - lse')``. The kernel's own backward, called with ``out'`` and ``lse'``, is exact: it recomputes the weights as
 ``exp(scores - lse')`` and takes ``delta = sum(dout' * out')`` from what it is given. What is left is ``dsink = -sum(exp(sink - lse') * delta)``.
+A kernel that does all this itself is left alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .sink_kernels import rescale_, sink_gradient
 def attend(raw: Raw, q: Tensor, k: Tensor, v: Tensor, how: How) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """The kernel's forward pass, with ``how.sinks`` if there are any; the log-sum-exp includes them."""
     out, lse, rest = raw.forward(q, k, v, how)
-    if how.sinks is None:
+    if how.sinks is None or raw.own_sinks:
         return out, lse, rest
     with_sink = torch.empty_like(lse)
     rescale_(raw.by_head(out), raw.lse_by_head(lse), how.sinks, raw.lse_by_head(with_sink))
@@ -30,6 +31,10 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of q, k, v and, if asked for, of ``how.sinks``; from what `attend` returned."""
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    if raw.own_sinks:
+        # The log-sum-exp includes them: without their own gradient nothing has to be known about them.
+        grads = raw.backward(grad, q, k, v, out, lse, rest, how if wants_sinks else how._replace(sinks=None))
+        return grads if wants_sinks else (*grads, None)
     grad_sinks = sink_gradient(raw.by_head(grad), raw.by_head(out), raw.lse_by_head(lse), how.sinks) if wants_sinks else None
     return *raw.backward(grad, q, k, v, out, lse, rest, how), grad_sinks
 

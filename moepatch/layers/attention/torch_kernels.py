@@ -24,6 +24,7 @@ class _Cudnn:
     """cuDNN on ``[B, H, S, D]``; it keeps the memory layout of the queries."""
 
     tokens_first = False
+    own_sinks = False
 
     def forward(self, q, k, v, how):
         out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, how.window[1] == 0, scale=how.scale)
@@ -46,6 +47,7 @@ class _Flash:
     """FlashAttention on ``[B, S, H, D]``, or packed on ``[T, H, D]``."""
 
     tokens_first = True
+    own_sinks = False
 
     def forward(self, q, k, v, how):
         out, lse, *rest = _flash(q, k, v, how)
@@ -124,8 +126,8 @@ def why_not_flash(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.
     return wrong_dims(spec, 256)
 
 
-CUDNN = Kernel("cuDNN", why_not_cudnn, run_cudnn, _CUDNN)
-FLASH = Kernel("torch FlashAttention", why_not_flash, run_flash, _FLASH)
+CUDNN = Kernel("cuDNN", why_not_cudnn, run_cudnn, lambda: _CUDNN)
+FLASH = Kernel("torch FlashAttention", why_not_flash, run_flash, lambda: _FLASH)
 
 
 @functools.cache
