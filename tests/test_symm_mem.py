@@ -5,24 +5,29 @@ What only GPUs can show (peers' memory, barriers on the device, no waiting) is n
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import test_parallel
 import torch
 import torch.distributed as dist
+import zoo
 from interpreter import needs_triton, passes_in_the_interpreter
 from ranks import RankError, on_ranks
 
 import moepatch
 from moepatch import registry
 from moepatch.dispatch.all_to_all import AllToAll
+from moepatch.dispatch.chain import ALONE, Chain, Turn
 from moepatch.dispatch.one_host import HostNumbers
 from moepatch.dispatch.symm_mem import SymmMem, why_not
 from moepatch.kernels import symm_mem_back, symm_mem_out
 from moepatch.kernels.symm_mem import Edges, Peers
+from moepatch.parallel.experts import PatchedShardedExperts
 
 E, K, H = 8, 4, 24
 TOKENS = {"even": (9, 9, 9, 9), "uneven": (9, 1, 17, 4), "some empty": (0, 5, 0, 3), "all empty": (0, 0, 0, 0)}
@@ -147,6 +152,87 @@ def hosts_exchange():
 
 def test_hosts_tell_each_other_numbers():
     assert on_ranks(4, hosts_exchange) == [0, 1, 2, 3]
+
+
+def hosts_exchange_for_chains():
+    """Ranks announce their numbers when they have had them for a whole pass; how many rounds were needed."""
+    numbers, rank = HostNumbers(dist.group.WORLD), dist.get_rank()
+    pause, chains = random.Random(rank), [Chain(7), Chain(3)]
+    for step in range(300):
+        for which, chain in enumerate(chains):
+            for place in range(chain.length):
+                if pause.random() < 0.02:
+                    time.sleep(2e-3)
+                if step % 10 == 5 and place == 4:  # another list of layers inside this one
+                    assert numbers.exchange(1000 + rank, chains[1].turn(0, 1000 + rank)) == tuple(1000 + r for r in range(numbers.world))
+                # The second list's numbers differ from layer to layer on one rank.
+                value = step * 100 + which * 10 + rank + (place if which and rank == 1 else 0)
+                want = tuple(step * 100 + which * 10 + r + (place if which and r == 1 else 0) for r in range(numbers.world))
+                assert numbers.exchange(value, chain.turn(place, value)) == want
+        if step % 50 == 20:  # a pass that breaks off
+            for place in range(3):
+                assert numbers.exchange(5, chains[0].turn(place, 5)) == (5,) * numbers.world
+        assert numbers.exchange(step + rank) == tuple(step + r for r in range(numbers.world))
+    return numbers.calls, numbers.rounds
+
+
+def test_hosts_tell_each_other_numbers_once_for_a_chain():
+    ((calls, rounds),) = set(on_ranks(3, hosts_exchange_for_chains))
+    assert rounds < 0.7 * calls  # 7 + 3 + 1 calls a step, of which the chain of 7 needs one
+
+
+def a_number_that_was_announced_otherwise():
+    numbers, chain = HostNumbers(dist.group.WORLD), Chain(2)
+    for value in (4, 4, 4, 5):
+        numbers.exchange(value, chain.turn(numbers.calls % 2, value))
+
+
+def test_an_announcement_that_is_not_kept_is_an_error():
+    with pytest.raises(RankError, match="5 tokens in a layer where 4 were announced"):
+        on_ranks(2, a_number_that_was_announced_otherwise)
+
+
+def test_a_chain_announces_what_the_pass_before_had():
+    chain = Chain(3)
+
+    def run(tokens, places=range(3)):
+        return [chain.turn(place, n) for place, n in zip(places, tokens, strict=False)]
+
+    assert [turn.follow for turn in run([4, 4, 4])] == [0, 0, 0]  # nothing is known yet
+    first, *others = run([9, 9, 9])
+    assert first == Turn(chain, True, 2) and others == [Turn(chain, False)] * 2
+    assert run([9, 9, 8])[0].follow == 2 and run([9, 9, 9])[0].follow == 0 and run([1, 1, 1])[0].follow == 2
+    assert run([1, 1])[0].follow == 2 and run([1, 1, 1])[0].follow == 0  # the pass before had broken off
+    assert run([1, 1], (0, 2)) == [Turn(chain, True, 2), ALONE] and run([1, 1, 1])[0].follow == 0  # it had left a layer out
+    x = torch.ones(1, requires_grad=True)
+    seen = []
+    y = x * 1
+    y.register_hook(lambda grad: seen.append(chain.turn(0, 1)))
+    y.sum().backward()
+    assert seen == [ALONE] and run([1, 1, 1])[0].follow == 2  # a recompute changes nothing
+
+
+def steady_steps():
+    """Several passes of a model with checkpointing, with other numbers of tokens, are those of all_to_all; hosts meet once a pass."""
+    registry.register_backend("dispatch", "symm_mem_in_files", rank=-1)(lambda: lambda *arguments: SymmMem(*arguments, memory=FileMemory))
+    losses, rank = {}, dist.get_rank()
+    for name in ("all_to_all", "symm_mem_in_files"):
+        model = moepatch.optimize(zoo.build("qwen3_moe", num_hidden_layers=4), moepatch.make_mesh(ep=2), dispatch=name, verify=False).train()
+        losses[name] = []
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step * 2 + rank)
+            ids = torch.randint(3, 60, (1, 6 + step % 2 * 5 + rank), generator=generator)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            losses[name].append(loss.item())
+    assert losses["all_to_all"] == losses["symm_mem_in_files"]
+    hosts = next(m for m in model.modules() if isinstance(m, PatchedShardedExperts))._moepatch.dispatcher.mover.hosts
+    return hosts.calls, hosts.rounds
+
+
+def test_hosts_meet_once_in_a_pass():
+    ((calls, rounds),) = set(on_ranks(2, steady_steps))
+    assert calls - rounds == 3 * 3  # all passes but the first, all layers but the first
 
 
 def one_stays_away():

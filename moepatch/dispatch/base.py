@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from .chain import Chain
+
 
 @dataclass(frozen=True, kw_only=True)
 class Received:
@@ -51,3 +53,6 @@ class Dispatcher(Protocol):
 
     def combine(self, y_NH: Tensor, handle: Any) -> Tensor:
         """Brings the weighted results of every rank back and adds them up: ``y_TH``. Differentiable."""
+
+    def join(self, chain: Chain, place: int) -> None:
+        """Optional: told that its layer is one of a chain, and which."""

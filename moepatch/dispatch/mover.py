@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels.symm_mem import Edges, Peers, wire_dtype
 from ..kernels.symm_mem_back import bring_back, stage_rows
 from ..kernels.symm_mem_out import fetch_rows, fetch_tokens, publish_tokens
+from .chain import Turn
 from .one_host import CudaMemory, HostNumbers
 
 _ALIGNMENT = 128  # bytes, of each part of a buffer
@@ -43,9 +44,9 @@ class Mover:
             cls._known[group] = cls(group, make_memory)
         return cls._known[group]
 
-    def agree(self, x_TH: Tensor, weights_TK: Tensor, capacity: int, group: dist.ProcessGroup) -> Edges:
+    def agree(self, x_TH: Tensor, weights_TK: Tensor, capacity: int, group: dist.ProcessGroup, turn: Turn) -> Edges:
         """Every rank's number of tokens, with buffers that have room for them. Grows on all ranks or on none."""
-        tokens = self.hosts.exchange(x_TH.shape[0])
+        tokens = self.hosts.exchange(x_TH.shape[0], turn)
         if tokens not in self._edges:
             edge_W = torch.tensor([sum(tokens[:r]) for r in range(len(tokens) + 1)], dtype=torch.int32, pin_memory=x_TH.is_cuda)
             if len(self._edges) >= 256:

@@ -12,6 +12,11 @@ import torch.distributed as dist
 
 from ..errors import BackendUnavailable
 from ..kernels.symm_mem import Peers
+from .chain import ALONE, Chain, Turn
+
+#: A word of `HostNumbers`: 31 bits of value, 10 of how long it stays, the rest for the number of the round.
+_VALUE, _NUMBER = 31, 41
+_FOLLOW, _ROUNDS = (1 << _NUMBER - _VALUE) - 1, 1 << 63 - _NUMBER
 
 
 class CudaMemory:
@@ -54,12 +59,16 @@ class CudaMemory:
 class HostNumbers:
     """A number from each rank's host to all others' through shared memory: about a microsecond where all have come as far.
 
-    A word holds the number of the call and the value, so that it is valid as soon as it is seen. Words of a call stay until all ranks have
-    come to the next one, whose words lie elsewhere.
+    A word holds the number of the round, for how many calls after it the rank's number stays, and the number, so that it is valid as soon as it is
+    seen. Calls for which all ranks have said that their numbers stay need no round: hosts run ahead of each other there. Words of a round stay until
+    all ranks have come to the next one, whose words lie elsewhere.
     """
 
     def __init__(self, group: dist.ProcessGroup, patience: float = 600):
-        self.rank, self.world, self.patience, self.calls = group.rank(), group.size(), patience, 0
+        self.rank, self.world, self.patience = group.rank(), group.size(), patience
+        self.calls = self.rounds = self.until = 0
+        self.known: tuple[int, ...] = ()
+        self.chain: Chain | None = None
         path, size = "", 2 * 8 * self.world
         if self.rank == 0:
             file, path = tempfile.mkstemp(prefix="moepatch-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -83,21 +92,43 @@ class HostNumbers:
                 "Use dispatch='all_to_all', or a mesh with a smaller `ep`."
             )
 
-    def exchange(self, value: int) -> tuple[int, ...]:
-        """What every rank passed to this call, by rank; values are 0 or more and below 2^31."""
+    def exchange(self, value: int, turn: Turn = ALONE) -> tuple[int, ...]:
+        """What every rank passed to this call, by rank.
+
+        Args:
+            value: 0 or more and below 2^31.
+            turn: the same on all ranks but for `Turn.follow`, the least of which counts.
+
+        Raises:
+            ValueError: another number was announced for this call.
+            TimeoutError: a rank has not come here.
+        """
         self.calls += 1
-        turn, first = self.calls % 2**31, self.calls % 2 * self.world
-        self.words[first + self.rank] = turn << 32 | value
-        end = None
-        for rank in range(self.world):
-            looks = 0
-            while self.words[first + rank] >> 32 != turn:
-                looks += 1
-                if looks > 100:
-                    os.sched_yield()
-                    end = end or time.monotonic() + self.patience
-                    if time.monotonic() > end:
-                        raise TimeoutError(f"symm_mem: rank {rank} has not come to dispatch {self.calls} for {self.patience:.0f} s")
-                if looks > 20_000:
-                    time.sleep(1e-4)
-        return tuple(self.words[first + rank] & 0xFFFFFFFF for rank in range(self.world))
+        if not turn.begins and turn.chain is self.chain and self.calls <= self.until:
+            if value != self.known[self.rank]:
+                raise ValueError(
+                    f"symm_mem: {value} tokens in a layer where {self.known[self.rank]} were announced: layers of one list had as many each in the pass before. "
+                    "Use dispatch='all_to_all' for a model whose layers differ in this."
+                )
+            return self.known
+        self.rounds, self.chain = self.rounds + 1, turn.chain
+        number, first = self.rounds % _ROUNDS, self.rounds % 2 * self.world
+        self.words[first + self.rank] = number << _NUMBER | min(turn.follow, _FOLLOW) << _VALUE | value
+        words = [self._word(first + rank, rank, number) for rank in range(self.world)]
+        self.known = tuple(word & (1 << _VALUE) - 1 for word in words)
+        self.until = self.calls + min(word >> _VALUE & _FOLLOW for word in words)
+        return self.known
+
+    def _word(self, at: int, rank: int, number: int) -> int:
+        """Waits for a rank's word of a round."""
+        end, looks = None, 0
+        while (word := self.words[at]) >> _NUMBER != number:
+            looks += 1
+            if looks > 100:
+                os.sched_yield()
+                end = end or time.monotonic() + self.patience
+                if time.monotonic() > end:
+                    raise TimeoutError(f"symm_mem: rank {rank} has not come to dispatch {self.calls} for {self.patience:.0f} s")
+            if looks > 20_000:
+                time.sleep(1e-4)
+        return word

@@ -12,8 +12,8 @@ again there has been a barrier after everybody's last reading of it: that of the
 direction comes twice in a row (layers that overlap), a barrier of its own.
 
 **How many tokens.** N is a shape, so hosts have to know every rank's T, and T may differ from rank to rank and from call to call. Hosts
-tell each other through a page of shared memory, once in each dispatch: a host may wait there for another host to come as far, never for a
-device. From the same numbers all ranks come to the same decision when buffers have to grow; only then they synchronise.
+tell each other through a page of shared memory, once for the layers of a forward pass where these have had the same tokens before (`chain`),
+else in each dispatch: a host may wait there for another host to come as far, never for a device. From the same numbers all ranks come to the same decision when buffers have to grow; only then they synchronise.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..kernels.symm_mem import Edges
 from .base import Received
+from .chain import ALONE, Chain
 from .mover import Mover
 from .one_host import CudaMemory
 
@@ -100,11 +101,18 @@ class SymmMem:
         self.num_sms = num_sms
         self._memory = memory
         self._mover: Mover | None = None
+        self._chain: Chain | None = None
+        self._place = 0
+
+    def join(self, chain: Chain, place: int) -> None:
+        """See `base.Dispatcher`."""
+        self._chain, self._place = chain, place
 
     def dispatch(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Received:
         """See `base.Dispatcher`."""
         ids_TK, weights_TK = topk_ids_TK.contiguous(), topk_weights_TK.contiguous()
-        edges = self.mover.agree(x_TH, weights_TK, self.capacity, self.group)
+        turn = self._chain.turn(self._place, x_TH.shape[0]) if self._chain is not None else ALONE
+        edges = self.mover.agree(x_TH, weights_TK, self.capacity, self.group, turn)
         x_NH, ids_NK, weights_NK = _Dispatch.apply(x_TH, weights_TK, ids_TK, edges, self)
         return Received(x_NH=x_NH, ids_NK=ids_NK, weights_NK=weights_NK, rows=None, handle=Routing(ids_TK=ids_TK, ids_NK=ids_NK, edges=edges))
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from .. import registry
 from ..checkpoint import PatchedModel
 from ..dispatch.base import Dispatcher
+from ..dispatch.chain import Chain
 from ..errors import BackendUnavailable
 from ..experts.module import ExpertsState
 from ..kinds import KINDS
@@ -21,8 +22,9 @@ from ..plan import Plan
 from ..site import Site
 from ..surgery import Journal, ReplaceState
 from .experts import PatchedShardedExperts, ShardedState
-from .gather import GatherAhead, NoGatherInBackward, Stay, ends, layer_lists, may_stay, units
+from .gather import GatherAhead, NoGatherInBackward, bundles, ends, layer_lists, may_stay, odd_modules, units
 from .mesh import Meshes, resolve
+from .passes import Passes, Together
 from .shard import FullyShard, ShardExperts
 from .trainer import AnswerTrainer, ShardedModel
 
@@ -43,37 +45,77 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fs
         journal.do(ReplaceState(pretrained, ShardedModel, pretrained._moepatch))
         journal.do(AnswerTrainer(pretrained.config))
     sharded = [_split(model, site, meshes, dispatch, journal) for p in plan.mixture if p.backend for site in p.sites if can_split(site)]
+    _join_chains(model, sharded)
     if meshes.experts is not None:
         for module in sharded:
             others = {p for p in module.parameters() if not isinstance(p, DTensor)}
-            journal.do(FullyShard(module, meshes.experts, others))
+            journal.do(FullyShard([module], meshes.experts, others))
     if fsdp:
         ignored = {p for module in sharded for p in module.parameters() if isinstance(p, DTensor)}
         _shard_dense(model, meshes.dense, ignored, journal)
 
 
+def _join_chains(model: nn.Module, sharded: list[nn.Module]) -> None:
+    """Tells the dispatchers of the experts in one list of layers that they run one after the other."""
+    dispatchers = {id(module): module._moepatch.dispatcher for module in sharded}
+    for layers in layer_lists(model):
+        inside = {id(m): dispatchers[id(m)] for layer in layers for m in layer.modules() if id(m) in dispatchers}
+        chain = Chain(len(inside))
+        for place, dispatcher in enumerate(inside.values()):
+            if hasattr(dispatcher, "join"):
+                dispatcher.join(chain, place)
+
+
 def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> None:
-    """FSDP2 for everything that is not an expert: a unit for each layer, for embeddings and for the head, and the root with the rest."""
+    """FSDP2 for everything that is not an expert: units for the layers, one for embeddings, one for the head, and the root with the rest."""
     lists, (embeddings, head) = layer_lists(model), ends(model)
-    layers = units(model)
-    stay = may_stay(layers, ignored)
-    parted: list[nn.Module] = []
-    for layer in layers:
-        parted += _shard_odd_dtypes(layer, mesh, ignored, journal, reshard_after_forward=not stay)
-        journal.do(FullyShard(layer, mesh, ignored, reshard_after_forward=not stay))
-        parted.append(layer)
+    passes = Passes(model)
+    stay = may_stay(units(model), ignored)
+    chains: list[list[list[nn.Module]]] = []
+    done: set[int] = set()
+    for listed in lists:
+        layers = list({id(layer): layer for layer in listed if id(layer) not in done}.values())
+        done.update(map(id, layers))
+        if stay:
+            chains.append([_shard_together(bundle, passes, mesh, ignored, journal) for bundle in bundles(layers, ignored)])
+        else:
+            chains.append([_shard_alone(layer, mesh, ignored, journal) for layer in layers])
     if embeddings is not None:
-        journal.do(FullyShard(embeddings, mesh, ignored))
+        journal.do(FullyShard([embeddings], mesh, ignored))
         journal.do(NoGatherInBackward(embeddings))
     if head is not None:
         # The loss may read its weight after its forward, and the backward begins with it.
-        journal.do(FullyShard(head, mesh, ignored, reshard_after_forward=False))
-    _shard_odd_dtypes(model, mesh, ignored, journal)
-    journal.do(FullyShard(model, mesh, ignored, reshard_after_forward=False))
-    chains = [[embeddings, *lists[0], head]] if len(lists) == 1 else lists
+        journal.do(FullyShard([head], mesh, ignored, reshard_after_forward=False))
+    for module, _ in odd_modules(model, ignored):
+        journal.do(FullyShard([module], mesh, ignored))
+    journal.do(FullyShard([model], mesh, ignored, reshard_after_forward=False))
+    if len(chains) == 1:
+        chains = [[[end] for end in (embeddings,) if end is not None] + chains[0] + [[end] for end in (head,) if end is not None]]
     for chain in chains:
-        journal.do(GatherAhead([module for module in chain if module is not None]))
-    journal.do(Stay(model, parted if stay else [], head))
+        journal.do(GatherAhead(chain))
+    journal.do(passes)
+
+
+def _shard_alone(layer: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> list[nn.Module]:
+    """A unit for a layer, and one for each module in it that has another dtype, as FSDP2 wants one dtype in a unit. Returns the layer, alone."""
+    for module, _ in odd_modules(layer, ignored):
+        journal.do(FullyShard([module], mesh, ignored))
+    journal.do(FullyShard([layer], mesh, ignored))
+    return [layer]
+
+
+def _shard_together(layers: list[nn.Module], passes: Passes, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> list[nn.Module]:
+    """A unit for layers, and one for each other dtype in them; all stay gathered. Returns a module of each."""
+    odd: dict[frozenset[torch.dtype], list[nn.Module]] = {}
+    for layer in layers:
+        for module, dtypes in odd_modules(layer, ignored):
+            odd.setdefault(dtypes, []).append(module)
+    together = [*odd.values(), layers]
+    for modules in together:
+        journal.do(FullyShard(modules, mesh, ignored, reshard_after_forward=False))
+    first = [modules[0] for modules in together]
+    journal.do(Together(layers, first, passes))
+    return first
 
 
 @dataclass(frozen=True)
@@ -163,21 +205,3 @@ def _split(model: nn.Module, site: Site, meshes: Meshes, dispatch: Dispatch, jou
     journal.do(ShardExperts(module, whole.spec.layout.parameter_names(), meshes.ep))
     journal.do(ReplaceState(module, PatchedShardedExperts, state))
     return module
-
-
-def _shard_odd_dtypes(
-    unit: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal, reshard_after_forward: bool = True
-) -> list[nn.Module]:
-    """Gives modules whose dtype is not that of most of the unit (norms and routers kept in fp32) units of their own: FSDP2 wants one dtype."""
-    counts: dict[torch.dtype, int] = {}
-    owners: dict[int, tuple[nn.Module, set[torch.dtype]]] = {}
-    for module in unit.modules():
-        for p in module._parameters.values():
-            if p is not None and p.requires_grad and p not in ignored and not isinstance(p, DTensor):
-                counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
-                owners.setdefault(id(module), (module, set()))[1].add(p.dtype)
-    usual = max(counts, key=counts.get, default=None)
-    odd = [module for module, dtypes in owners.values() if dtypes != {usual} and module is not unit]
-    for module in odd:
-        journal.do(FullyShard(module, mesh, ignored, reshard_after_forward=reshard_after_forward))
-    return odd

@@ -1,23 +1,27 @@
 """When FSDP2 gathers what, and how long it stays: what `apply.shard` decides besides who owns which part.
 
-- Decoder layers gather ahead: the next one's parameters travel while one computes.
+- Decoder layers gather ahead: the next ones' parameters travel while some compute.
 - Embeddings and head, the largest parameters that are no experts, are units of their own, so that neither they nor their gradients stay
   whole through the backward pass: the head's are reduced at its beginning, the embeddings' at its end, and embeddings need no weights there.
 - Dense parameters may stay gathered from forward to backward (`may_stay`). A layer's backward then releases them and makes its gradients,
   so where the gradients of its experts are larger, memory is at its highest at the end all the same, and half of the gathers are saved.
+- Layers that stay are gathered several at a time (`bundles`), which saves the host most of its work for each.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+
+
+#: Bytes of parameters that layers may have together to be gathered at once: enough for a fast collective and little work for the host, little beside a model.
+BUNDLE_BYTES = 256 * 2**20
 
 
 def layer_lists(model: nn.Module) -> list[list[nn.Module]]:
@@ -32,8 +36,47 @@ def layer_lists(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """The modules that FSDP2 gathers one at a time: the elements of `layer_lists`, each once."""
+    """The layers of a model: the elements of `layer_lists`, each once."""
     return list({id(layer): layer for layers in layer_lists(model) for layer in layers}.values())
+
+
+def bundles(layers: list[nn.Module], ignored: set[nn.Parameter]) -> list[list[nn.Module]]:
+    """Consecutive layers that are gathered at once: as many as have `BUNDLE_BYTES` of dense parameters, with one usual dtype.
+
+    Args:
+        ignored: parameters that are not gathered.
+    """
+    found: list[list[nn.Module]] = []
+    room, dtype = 0, None
+    for layer in layers:
+        size = sum(p.numel() * p.element_size() for p in layer.parameters() if p not in ignored and not isinstance(p, DTensor))
+        usual = usual_dtype(layer, ignored)
+        if not found or size > room or None not in (usual, dtype) and usual != dtype:
+            found.append([])
+            room, dtype = BUNDLE_BYTES, None
+        found[-1].append(layer)
+        room, dtype = room - size, dtype or usual
+    return found
+
+
+def usual_dtype(unit: nn.Module, ignored: set[nn.Parameter]) -> torch.dtype | None:
+    """That of most of the dense parameters that are trained, None if there are none."""
+    counts: dict[torch.dtype, int] = {}
+    for p in unit.parameters():
+        if p.requires_grad and p not in ignored and not isinstance(p, DTensor):
+            counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
+    return max(counts, key=counts.get, default=None)
+
+
+def odd_modules(unit: nn.Module, ignored: set[nn.Parameter]) -> list[tuple[nn.Module, frozenset[torch.dtype]]]:
+    """Modules inside with parameters of another dtype than is usual there (norms and routers kept in fp32), and their dtypes."""
+    usual, found = usual_dtype(unit, ignored), []
+    for module in unit.modules():
+        own = (p for p in module._parameters.values() if p is not None)
+        dtypes = frozenset(p.dtype for p in own if p.requires_grad and p not in ignored and not isinstance(p, DTensor))
+        if dtypes and dtypes != {usual} and module is not unit:
+            found.append((module, dtypes))
+    return found
 
 
 def ends(model: nn.Module) -> tuple[nn.Embedding | None, nn.Linear | None]:
@@ -69,65 +112,23 @@ def may_stay(units: Iterable[nn.Module], experts: set[nn.Parameter]) -> bool:
 
 @dataclass
 class GatherAhead:
-    """The step that lets modules, FSDP2 units all, gather while the one before them computes.
+    """The step that lets FSDP2 units gather while those before them compute.
 
     Attributes:
-        chain: in the order of the forward pass, all of them run in it.
+        chain: in the order of the forward pass, in which all of them run: a module of each unit, units that are gathered at once together.
     """
 
-    chain: list[nn.Module]
+    chain: list[list[nn.Module]]
 
     def do(self) -> None:
         """Says so to FSDP2, for the forward pass; in the backward pass it follows the order that it has seen."""
-        for module, following in itertools.pairwise(self.chain):
-            module.set_modules_to_forward_prefetch([following])
+        for units, following in itertools.pairwise(self.chain):
+            units[-1].set_modules_to_forward_prefetch(following)
 
     def undo(self) -> None:
         """Back to FSDP2's default."""
-        for module in self.chain:
-            module.set_modules_to_forward_prefetch([])
-
-
-@dataclass
-class Stay:
-    """The step that keeps FSDP2 units which are not resharded after a forward pass from being seen or used at the wrong time.
-
-    A forward pass without gradients ends with layers in parts, so that who asks for their ``parameters()`` then gets what the optimizer
-    steps. And a forward pass after one with gradients gathers anew: what that one left, if its backward never came, may be from before the
-    optimizer's step.
-
-    Attributes:
-        model: the root.
-        layers: units that are in parts after a forward pass without gradients.
-        head: a unit that stays, because the loss or the logits may be wanted later.
-    """
-
-    model: nn.Module
-    layers: list[nn.Module]
-    head: nn.Module | None
-    handles: list[RemovableHandle] = field(default_factory=list)
-    had_gradients: bool = False
-
-    def do(self) -> None:
-        """Adds hooks; that of the model comes before FSDP2's."""
-        self.handles = [layer.register_forward_hook(_part_without_gradients) for layer in self.layers]
-        self.handles.append(self.model.register_forward_pre_hook(self._part_all, prepend=True))
-
-    def undo(self) -> None:
-        """Removes them."""
-        while self.handles:
-            self.handles.pop().remove()
-
-    def _part_all(self, module: nn.Module, args: tuple) -> None:
-        if self.had_gradients:
-            for unit in (module, *self.layers, *([] if self.head is None else [self.head])):
-                unit.reshard()
-        self.had_gradients = torch.is_grad_enabled()
-
-
-def _part_without_gradients(module: nn.Module, args: tuple, output: object) -> None:
-    if not torch.is_grad_enabled():
-        module.reshard()
+        for units in self.chain:
+            units[-1].set_modules_to_forward_prefetch([])
 
 
 @dataclass

@@ -17,6 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..errors import CheckpointError, MoePatchError
 from .agree import together
+from .passes import part
 from .pieces import box_of, local_part
 from .recipes import Files, Recipe, checked_recipes, find_files, opened
 from .save import sharding_mesh
@@ -104,7 +105,7 @@ class Names:
         """
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # a forward leaves the outermost parameters whole
+                part(module)  # a forward leaves the outermost parameters whole
         parameters = dict(model.named_parameters(remove_duplicate=False))
         found = parameters | dict(model.named_buffers(remove_duplicate=False))
         expected, modules = twin.state_dict(), dict(model.named_modules(remove_duplicate=False))

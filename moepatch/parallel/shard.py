@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from .passes import part
+
 #: Where FSDP2 registers hooks.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 #: Where torch keeps what else it knows of a forward hook.
@@ -87,10 +89,11 @@ class FullyShard:
     """One FSDP2 unit, and the way back from it (FSDP2 itself has none).
 
     Attributes:
-        module, mesh, ignored, reshard_after_forward: as `torch.distributed.fsdp.fully_shard` takes them.
+        modules: those whose parameters are gathered at the same time. With several, FSDP2's forward hooks are to be replaced (`Together`).
+        mesh, ignored, reshard_after_forward: as `torch.distributed.fsdp.fully_shard` takes them.
     """
 
-    module: nn.Module
+    modules: list[nn.Module]
     mesh: DeviceMesh
     ignored: set[nn.Parameter]
     reshard_after_forward: bool = True
@@ -100,12 +103,13 @@ class FullyShard:
 
     def do(self) -> None:
         """Shards, and writes down what that changed."""
-        inner = {id(p) for m in self.module.modules() if isinstance(m, FSDPModule) for p in m.parameters()}
-        for module in self.module.modules():
+        everything = list({id(m): m for root in self.modules for m in root.modules()}.values())
+        inner = {id(p) for m in everything if isinstance(m, FSDPModule) for p in m.parameters()}
+        for module in everything:
             parameters = module._parameters.items()
             self.held += [Held(module, name, p) for name, p in parameters if p is not None and p not in self.ignored and id(p) not in inner]
-        before = [(module, type(module), set(vars(module))) for module in self.module.modules()]
-        fully_shard(self.module, mesh=self.mesh, ignored_params=self.ignored, reshard_after_forward=self.reshard_after_forward)
+        before = [(module, type(module), set(vars(module))) for module in everything]
+        fully_shard(self.modules if len(self.modules) > 1 else self.modules[0], mesh=self.mesh, ignored_params=self.ignored, reshard_after_forward=self.reshard_after_forward)
         self.changed = [(module, cls, set(vars(module)) - attributes) for module, cls, attributes in before]
 
     def commit(self) -> None:
@@ -118,8 +122,8 @@ class FullyShard:
 
     def undo(self) -> None:
         """Puts back parameters, classes, attributes and hooks."""
-        if isinstance(self.module, FSDPModule):
-            self.module.reshard()
+        if isinstance(self.modules[0], FSDPModule):
+            part(self.modules[0])
         while self.held:
             held = self.held.pop()
             # The held share of an expert is what it was before training: the step that split the experts gathers the current values.
@@ -135,7 +139,8 @@ class FullyShard:
                     del hooks[key]
                     for flags in _HOOK_FLAGS:
                         vars(module)[flags].pop(key, None)
-        _composable_state._module_state_mapping.pop(self.module, None)
+        for module in self.modules:
+            _composable_state._module_state_mapping.pop(module, None)
 
 
 def _is_fsdp(hook: object) -> bool:
