@@ -186,16 +186,14 @@ def test_experts_keep_what_the_report_says():
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h"])
 def test_layers_compiled_with_inductor(name):
-    """What `optimize` has patched goes through torch.compile, layer by layer."""
+    """What `optimize` has patched goes through torch.compile, layer by layer. In fp32, as routing cannot be pinned under the compiler."""
     if zoo.available(name) is not None:
         pytest.skip(zoo.available(name))
-    model = zoo.build(name, dtype=torch.bfloat16).cuda()
-    with compare.PinnedRouting(model) as pins:
-        truth = compare.step(name, model)
+    model = zoo.build(name).cuda()
+    truth = compare.step(name, model)
     torch._dynamo.reset()
     moepatch.optimize(model, measure=False, numerics="relaxed", compile="regional")
-    with compare.PinnedRouting(model, pins):
-        found = compare.step(name, model)
+    found = compare.step(name, model)
     assert moepatch.report(model).compiled
     errors = {what: compare.together(ours, own) for what, (ours, own) in compare.parts(model, found, truth).items()}
-    assert max(errors.values()) < 0.05, errors
+    assert max(errors.values()) < 1e-3, errors

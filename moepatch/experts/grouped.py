@@ -74,7 +74,8 @@ class _GroupedMLP(torch.autograd.Function):
         out_RH = rows_times(h_RI.to(x_TH.dtype), operands.down, routes.offs_E)
         if operands.down_bias is not None:
             bias_RH = _per_row(operands.down_bias, routes)
-            out_RH += bias_RH if weights_R is None or weights.spec.scale_input else (bias_RH * weights_R.unsqueeze(-1)).to(out_RH.dtype)
+            # Not in place, as in `routes`.
+            out_RH = out_RH + (bias_RH if weights_R is None or weights.spec.scale_input else (bias_RH * weights_R.unsqueeze(-1)).to(out_RH.dtype))
         ctx.weights, ctx.top_k, ctx.pre_count = weights, routes.top_k, len(pre)
         ctx.save_for_backward(x_TH, weights_R, *routes[:4], *operands, *pre)
         return out_RH

@@ -99,7 +99,8 @@ class _PermuteWeights(torch.autograd.Function):
         *tensors, ctx.top_k = routes
         ctx.save_for_backward(*tensors)
         routes = Routes(*routes)
-        return weights_TK.reshape(-1).index_select(0, routes.order_R).masked_fill_(_sentinels(routes), 0)
+        # Not in place: under torch 2.11's compiler, what a forward returns has no gradient if it was written in place.
+        return weights_TK.reshape(-1).index_select(0, routes.order_R).masked_fill(_sentinels(routes), 0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
