@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import pickle
 import sys
@@ -20,7 +21,7 @@ from torch import nn
 from moepatch import registry
 from moepatch.kernels import conv, selective, ssd
 from moepatch.kinds import KINDS
-from moepatch.layers.mixers import backends  # noqa: F401  (fills the tables)
+from moepatch.layers.mixers import backends as mixer_backends  # importing it fills the tables
 from moepatch.layers.mixers.delta import DELTA_MIXER
 from moepatch.layers.mixers.delta_scan import reference_delta_scan
 from moepatch.layers.mixers.selective import SELECTIVE_MIXER
@@ -166,6 +167,7 @@ def chunk_gated_delta_rule(
 
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe"])
 def test_flash_linear_attention_is_called_as_it_wants(name, monkeypatch):
+    zoo.build(name)  # transformers would import and call the package itself, if it saw it
     packages = {path: types.ModuleType(path) for path in ("fla", "fla.ops", "fla.ops.gated_delta_rule")}
     packages["fla.ops.gated_delta_rule"].chunk_gated_delta_rule = chunk_gated_delta_rule
     for path, package in packages.items():
@@ -186,6 +188,18 @@ def test_flash_linear_attention_is_for_low_precision():
     why = registry.backend("delta", "fla").why_not
     assert "fla" in why(spec, torch.bfloat16, torch.device("cuda")) or importlib.util.find_spec("fla")
     assert why(spec, torch.float32, torch.device("cuda")) and "256" in why(replace(spec, key_dim=320), torch.bfloat16, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("capability", "triton", "tilelang", "refused"), [
+    ((9, 0), "3.6.0", False, True), ((9, 0), "3.6.0", True, False), ((9, 0), "3.7.1", False, False), ((9, 0), "3.3.1", False, False), ((10, 0), "3.6.0", False, False),
+])  # fmt: skip
+def test_flash_linear_attention_is_not_chosen_where_it_refuses_its_backward(capability, triton, tilelang, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: triton)
+    monkeypatch.setattr(mixer_backends, "installed", lambda name: tilelang)
+    monkeypatch.setattr(mixer_backends, "missing", lambda *args, **kwargs: None)
+    why = registry.backend("delta", "fla").why_not(None, torch.bfloat16, torch.device("cuda"))
+    assert (why is not None) == refused and (why is None or f"Triton {triton}" in why)
 
 
 def test_copies_pickles_and_lora_like_children():

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ...needs import BF16_FP16, missing
+import importlib.metadata
+
+import torch
+from packaging.version import Version
+
+from ...needs import BF16_FP16, installed, missing
 from ...registry import register_backend
 
 
@@ -59,7 +64,17 @@ def _why_not_fla(spec, dtype, device):
     if spec is not None and max(spec.key_dim, spec.value_dim) > 256:
         return f"heads of at most 256, these are {spec.key_dim} and {spec.value_dim}"
     # Its products of fp32 are in TF32.
-    return missing(dtype, device, "fla", "triton", dtypes=BF16_FP16)
+    return missing(dtype, device, "fla", "triton", dtypes=BF16_FP16) or _why_fla_refuses(device)
+
+
+def _why_fla_refuses(device):
+    # It looks for itself, in its backward pass.
+    if torch.cuda.get_device_capability(device)[0] != 9 or installed("tilelang"):
+        return None
+    triton = importlib.metadata.version("triton")
+    if Version("3.4") <= Version(triton) < Version("3.7.1"):
+        return f"refuses Hopper GPUs with Triton {triton}, which computes its backward pass wrongly (needs Triton ≥ 3.7.1, or tilelang)"
+    return None
 
 
 @register_backend(
