@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-_WARM_UP = 3
+_WARM_UP, _ROUNDS = 3, 5
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,45 @@ class Timing:
 
 def timed(run: Callable[[int], object], repeats: int, device: torch.device) -> Timing:
     """Times ``run(i)`` for i = 0, 1, …: with several sets of inputs, `i` chooses one, so that they do not come out of the cache."""
+    ms = wall_ms(run, repeats, device)
+    return Timing(ms, *on_device(run, repeats, device)) if device.type == "cuda" else Timing(ms, ms, 0)
+
+
+def wall_ms(run: Callable[[int], object], repeats: int, device: torch.device) -> float:
+    """As `Timing.ms`, the median of five rounds. As in `timeit`, Python's garbage collector waits until they are over.
+
+    A process that has profiled something launches more slowly from then on: what is compared is to be timed before.
+    """
     for i in range(_WARM_UP):
         run(i)
     rounds = []
-    for _ in range(5):
-        _wait(device)
-        start = time.perf_counter()
-        for i in range(repeats):
-            run(i)
-        _wait(device)
-        rounds.append((time.perf_counter() - start) * 1000 / repeats)
-    ms = statistics.median(rounds)
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(_ROUNDS):
+            _wait(device)
+            start = time.perf_counter()
+            for i in range(repeats):
+                run(i)
+            _wait(device)
+            rounds.append((time.perf_counter() - start) * 1000 / repeats)
+    finally:
+        if collects:
+            gc.enable()
+    return statistics.median(rounds)
+
+
+def on_device(run: Callable[[int], object], repeats: int, device: torch.device) -> tuple[float, int]:
+    """`Timing.busy_ms` and `Timing.launches`; 0 without a GPU."""
     if device.type != "cuda":
-        return Timing(ms, ms, 0)
+        return 0.0, 0
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for i in range(repeats):
             run(i)
         _wait(device)
     kernels = [event.time_range.elapsed_us() for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    return Timing(ms, sum(kernels) / 1000 / repeats, round(len(kernels) / repeats))
+    return sum(kernels) / 1000 / repeats, round(len(kernels) / repeats)
 
 
 def saved_mib(forward: Callable[[], object], device: torch.device) -> float | None:

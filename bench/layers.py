@@ -15,13 +15,13 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import layer_kernels
 import torch
 import transformers
 from layer_floors import floor_ms
-from layer_timing import Ceilings, ceilings, gradients, saved_mib, timed
+from layer_timing import Ceilings, ceilings, gradients, on_device, saved_mib, timed, wall_ms
 from models import CONFIGS, make_config
 from rich.console import Console
 from rich.table import Table
@@ -140,28 +140,34 @@ class _NoExperts(nn.Module):
 
 def remainder(tokens: int, repeats: int, device: torch.device, tiny: bool) -> Iterator[dict]:
     """A decoder layer of Qwen3-30B-A3B without its mixture of experts: norms, attention with its projections, residual additions."""
-    name = "Qwen3-30B-A3B"
-    for stack in ("transformers", "moepatch"):
-        model = meta_model(make_config(name, 1, tiny), torch.bfloat16)
-        model.model.layers[0].mlp = _NoExperts()
-        model = replica_on(model, device)
-        if stack == "moepatch":
-            moepatch.optimize(model)
-        layer, width = model.model.layers[0], model.config.hidden_size
-        x = torch.randn(1, tokens, width, device=device).to(torch.bfloat16).requires_grad_()
-        positions = torch.arange(tokens, device=device)[None]
-        rotary = model.model.rotary_emb(x, positions)
-        leaves = [x, *layer.parameters()]
-        cotangent = torch.randn_like(x)
+    spec = f"H={make_config('Qwen3-30B-A3B', 1, tiny).hidden_size}"
+    runs = {stack: _decoder_layer(stack, tokens, device, tiny) for stack in ("transformers", "moepatch")}
+    walls = {stack: [wall_ms(lambda i, run=run: run(), repeats, device) for run in (forward, both)] for stack, (forward, both) in runs.items()}
+    for stack, (forward, both) in runs.items():
+        row = {"part": "remainder", "model": "Qwen3-30B-A3B", "layer": "decoder layer without experts", "spec": spec, "tokens": tokens, "stack": stack}
+        busy_ms, launches = on_device(lambda i, run=both: run(), repeats, device)
+        row |= {"forward_ms": walls[stack][0], "ms": walls[stack][1], "device_ms": busy_ms or walls[stack][1], "launches": launches}
+        yield row | {"kept_mib": saved_mib(forward, device)}
 
-        def outputs(layer=layer, x=x, rotary=rotary, positions=positions) -> list[Tensor]:
-            made = layer(x, position_embeddings=rotary, position_ids=positions, attention_mask=None)
-            return [made[0] if isinstance(made, tuple) else made]
 
-        both = timed(lambda i, leaves=leaves, g=cotangent, run=outputs: gradients(run(), leaves, [g]), repeats, device)
-        forward = timed(lambda i, run=outputs: run(), repeats, device)
-        row = {"part": "remainder", "model": name, "layer": "decoder layer without experts", "spec": f"H={width}", "tokens": tokens, "stack": stack}
-        yield row | {"forward_ms": forward.ms, "ms": both.ms, "device_ms": both.busy_ms, "launches": both.launches, "kept_mib": saved_mib(outputs, device)}
+def _decoder_layer(stack: str, tokens: int, device: torch.device, tiny: bool) -> tuple[Callable[[], list[Tensor]], Callable[[], object]]:
+    """Its forward, and its forward and backward."""
+    model = meta_model(make_config("Qwen3-30B-A3B", 1, tiny), torch.bfloat16)
+    model.model.layers[0].mlp = _NoExperts()
+    model = replica_on(model, device)
+    if stack == "moepatch":
+        moepatch.optimize(model)
+    layer = model.model.layers[0]
+    x = torch.randn(1, tokens, model.config.hidden_size, device=device).to(torch.bfloat16).requires_grad_()
+    positions = torch.arange(tokens, device=device)[None]
+    rotary = model.model.rotary_emb(x, positions)
+    leaves, cotangent = [x, *layer.parameters()], torch.randn_like(x)
+
+    def outputs() -> list[Tensor]:
+        made = layer(x, position_embeddings=rotary, position_ids=positions, attention_mask=None)
+        return [made[0] if isinstance(made, tuple) else made]
+
+    return outputs, lambda: gradients(outputs(), leaves, [cotangent])
 
 
 def replica_on(model: nn.Module, device: torch.device) -> nn.Module:
