@@ -4,56 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-import torch
+import stack_automodel
+import stack_deepspeed
 import torch.distributed as dist
 import transformers
+from stack_base import NotServed, Setting, Stack
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 import moepatch
-
-
-class NotServed(Exception):
-    """This stack has nothing for this model."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a stack has to know of the run.
-
-    Attributes:
-        world: how many ranks there are.
-        ep: over how many of them the experts of a layer are spread, for stacks that can.
-        device: of this rank.
-        options: for `moepatch.optimize`, besides what the stack itself says.
-    """
-
-    world: int
-    ep: int
-    device: torch.device
-    options: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One way to train a model.
-
-    Attributes:
-        name: on the command line.
-        prepare: from a model and the setting to the model that is trained. The model has its weights if there is one rank, else it is on the
-            meta device and is filled afterwards.
-        why_not: why it cannot run here, or None.
-    """
-
-    name: str
-    prepare: Callable[[PreTrainedModel, Setting], nn.Module]
-    why_not: Callable[[Setting], str | None] = lambda setting: None
 
 
 def available(name: str, setting: Setting) -> str | None:
@@ -114,7 +78,7 @@ def _transformers_ep(model: PreTrainedModel, setting: Setting) -> nn.Module:
 
 def _moepatch(model: PreTrainedModel, setting: Setting) -> nn.Module:
     """``moepatch.optimize`` with its own choices, but for what the command line says."""
-    return _optimized(model, setting, **setting.options)
+    return _optimized(model, setting, **setting.of("moepatch"))
 
 
 def _moepatch_experts(model: PreTrainedModel, setting: Setting) -> nn.Module:
@@ -137,21 +101,11 @@ def _needs(package: str) -> Callable[[Setting], str | None]:
     return lambda setting: None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
-def _needs_adapter(package: str) -> Callable[[Setting], str | None]:
-    """Stacks that nobody could try where this was written are not guessed at."""
-    missing = _needs(package)
-    return lambda setting: missing(setting) or f"{package} is installed, but bench/stacks.py has no tried adapter for it: measure it with its own recipe"
-
-
 def _needs_own_ep(setting: Setting) -> str | None:
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if version < (5, 23):
         return f"needs transformers 5.23, this is {transformers.__version__}"
     return None if setting.world > 1 and dist.is_initialized() else "needs several ranks"
-
-
-def _refused(model: PreTrainedModel, setting: Setting) -> nn.Module:
-    raise NotImplementedError("this stack has no adapter")
 
 
 STACKS: dict[str, Stack] = {
@@ -162,7 +116,7 @@ STACKS: dict[str, Stack] = {
         Stack("transformers-ep", _transformers_ep, _needs_own_ep),
         Stack("moepatch-experts", _moepatch_experts),
         Stack("moepatch", _moepatch),
-        Stack("automodel", _refused, _needs_adapter("nemo_automodel")),
-        Stack("deepspeed", _refused, _needs_adapter("deepspeed")),
+        Stack("automodel", stack_automodel.prepare, _needs("nemo_automodel"), weights_first=False),
+        Stack("deepspeed", stack_deepspeed.prepare, stack_deepspeed.why_not, weights_first=True),
     )
 }

@@ -33,7 +33,8 @@ import step_measure
 import torch
 import torch.distributed as dist
 from models import CONFIGS, flops_per_token, make_config
-from stacks import STACKS, NotServed, Setting, available, undone
+from stack_base import NotServed, OwnModel, Setting, forced
+from stacks import STACKS, available, undone
 from step_progress import Progress, limited
 from step_table import machine, show
 from step_weights import materialise, meta_model
@@ -41,9 +42,13 @@ from step_weights import materialise, meta_model
 import moepatch
 from moepatch.estimate import estimate
 from moepatch.plan import make_plan
-from moepatch.routing import balanced_routing, hot_routing
+from moepatch.routing import balanced_deal, balanced_routing, hot_deal, hot_routing
 
-ROUTINGS = {"native": lambda model, seed: contextlib.nullcontext(), "balanced": balanced_routing, "hot": hot_routing}
+#: For transformers' models, patched or not, and for models of a stack's own.
+ROUTINGS = {"balanced": (balanced_routing, balanced_deal), "hot": (hot_routing, hot_deal)}
+
+
+_OPTIONS = "for moepatch.optimize in the stack moepatch, such as loss=none; with a name in front for another stack, such as automodel.attn=sdpa"
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -66,10 +71,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="a slice of the model: its first so many layers")
     parser.add_argument("--batch", type=int, default=1, help="sequences of each rank")
     parser.add_argument("--seq", type=int, help="tokens of a sequence; 4096 by default, 64 if tiny")
-    parser.add_argument("--routing", default="balanced", choices=sorted(ROUTINGS))
+    parser.add_argument("--routing", default="balanced", choices=["native", *ROUTINGS])
     parser.add_argument("--stacks", nargs="*", default=list(STACKS), choices=sorted(STACKS), metavar="STACK", help=f"of {', '.join(STACKS)}")
     parser.add_argument("--ep", type=int, help="over how many ranks the experts of a layer are spread; all by default")
-    parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="for moepatch.optimize in the stack moepatch, such as loss=none")
+    parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help=_OPTIONS)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--optimizer", action="store_true", help="time an AdamW step too")
@@ -195,37 +200,55 @@ def _measured(name: str, arguments: argparse.Namespace, setting: Setting, shape:
         flops = shape["gflops_per_token"] * 1e9
         plan = step_measure.Plan(arguments.warmup, arguments.repeats, arguments.optimizer, arguments.profile, flops, shape["layers"])
         with contextlib.ExitStack() as routing:
+            if isinstance(model, OwnModel):
+                routing.callback(model.close)
             with progress("routing"):
-                routing.enter_context(ROUTINGS[arguments.routing](model, arguments.seed))
+                routing.enter_context(_routing(arguments.routing, model, arguments.seed))
             return {**left_over, **_used(model), **step_measure.measure(model, ids, plan, progress)}
 
 
 def _prepared(name: str, model, arguments: argparse.Namespace, setting: Setting, progress: Progress):
-    """The model as the stack trains it, with its weights: on one rank the stack gets them, on several only what it has left to this rank is filled."""
+    """The model as the stack trains it, with its weights: on one rank most stacks get them, on several only what is left to this rank is filled."""
 
     def fill() -> None:
         with progress("fill"):
-            materialise(model, setting.device, arguments.seed)
+            if isinstance(model, OwnModel):
+                model.fill(setting.device, arguments.seed)
+            else:
+                materialise(model, setting.device, arguments.seed)
             step_measure.wait(setting.device)
 
-    if setting.world == 1:
+    first = STACKS[name].weights_first
+    first = setting.world == 1 if first is None else first
+    if first:
         fill()
     with progress("patch"):
         model = STACKS[name].prepare(model, setting)
         step_measure.wait(setting.device)
-    if setting.world > 1:
+    if not first:
         fill()
     return model
 
 
+def _routing(name: str, model, seed: int) -> contextlib.AbstractContextManager:
+    if name == "native":
+        return contextlib.nullcontext()
+    of_hf, deal = ROUTINGS[name]
+    return forced(model, deal(seed)) if isinstance(model, OwnModel) else of_hf(model, seed)
+
+
 def _enable_checkpointing(model) -> None:
     """Newer versions of transformers call it by another name."""
+    if isinstance(model, OwnModel):
+        raise NotServed("this stack is measured without activation checkpointing")
     name = "activation_checkpointing_enable" if "activation_checkpointing_enable" in dir(model) else "gradient_checkpointing_enable"
     getattr(model, name)({"use_reentrant": False})
 
 
 def _used(model) -> dict:
     """What computes: moepatch's backends and notes, and what choosing them took, or transformers' own functions."""
+    if isinstance(model, OwnModel):
+        return {"uses": model.uses}
     try:
         report = moepatch.report(model)
     except moepatch.MoePatchError:

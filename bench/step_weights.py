@@ -19,18 +19,24 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def materialise(model: PreTrainedModel, device: torch.device, seed: int) -> None:
-    """Gives a model from the meta device, sharded or not, memory for what this rank holds, and fills it.
-
-    Weights are normal with a deviation of 0.02, weights of norms 1, biases 0. Each parameter, and each expert of a stack, has a seed made from its name.
-    """
+    """Gives a model from the meta device, sharded or not, memory for what this rank holds, and fills it."""
     buffers = computed_buffers(meta_twin(model))
     model.to_empty(device=device)
     model.tie_weights()
+    draw(model, seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            _fill(name, parameter, seed)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name]) if name in buffers else buffer.zero_()
+
+
+@torch.no_grad()
+def draw(model: nn.Module, seed: int) -> None:
+    """Fills the parameters, sharded or not, where they are.
+
+    Weights are normal with a deviation of 0.02, weights of norms 1, biases 0. Each parameter, and each expert of a stack, has a seed made from its name.
+    """
+    for name, parameter in model.named_parameters():
+        _fill(name, parameter, seed)
 
 
 def _fill(name: str, parameter: nn.Parameter, seed: int) -> None:

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from .routed import argument_names, routed_layers
 from .routing_record import RoutingRecord
 
+#: Makes ids ``[T, K]`` from ((layer, E), T, K).
+Deal = Callable[[tuple[int, int], int, int], Tensor]
+
 
 @contextmanager
 def balanced_routing(model: nn.Module, seed: int = 0) -> Iterator[None]:
@@ -39,7 +42,7 @@ def balanced_routing(model: nn.Module, seed: int = 0) -> Iterator[None]:
     >>> with moepatch.balanced_routing(model):                         # doctest: +SKIP
     ...     model(**batch, labels=labels).loss.backward()
     """
-    with _forced(model, lambda layer, tokens, top_k: balanced_ids(tokens, top_k, layer[1], _seed("balanced", seed, _rank(), layer[0], tokens))):
+    with _forced(model, balanced_deal(seed)):
         yield
 
 
@@ -49,12 +52,7 @@ def hot_routing(model: nn.Module, seed: int = 0, exponent: float = 1.0) -> Itera
 
     Which experts are popular differs from layer to layer and is the same on all ranks. For the rest see `balanced_routing`.
     """
-
-    def deal(layer: tuple[int, int], tokens: int, top_k: int) -> Tensor:
-        ranks = torch.randperm(layer[1], generator=_generator(_seed("popular", seed, layer[0])))
-        return hot_ids(tokens, top_k, -exponent * (ranks + 1.0).log(), _seed("hot", seed, _rank(), layer[0], tokens))
-
-    with _forced(model, deal):
+    with _forced(model, hot_deal(seed, exponent)):
         yield
 
 
@@ -85,6 +83,21 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
             handle.remove()
 
 
+def balanced_deal(seed: int) -> Deal:
+    """What `balanced_routing` draws, for models whose routing is forced in another way."""
+    return lambda layer, tokens, top_k: balanced_ids(tokens, top_k, layer[1], _seed("balanced", seed, _rank(), layer[0], tokens))
+
+
+def hot_deal(seed: int, exponent: float = 1.0) -> Deal:
+    """What `hot_routing` draws, for models whose routing is forced in another way."""
+
+    def deal(layer: tuple[int, int], tokens: int, top_k: int) -> Tensor:
+        ranks = torch.randperm(layer[1], generator=_generator(_seed("popular", seed, layer[0])))
+        return hot_ids(tokens, top_k, -exponent * (ranks + 1.0).log(), _seed("hot", seed, _rank(), layer[0], tokens))
+
+    return deal
+
+
 def balanced_ids(tokens: int, top_k: int, experts: int, seed: int) -> Tensor:
     """``ids [T, K]``: distinct experts for each token, whose loads differ by at most one.
 
@@ -106,11 +119,11 @@ def hot_ids(tokens: int, top_k: int, logits_E: Tensor, seed: int) -> Tensor:
 
 
 @contextmanager
-def _forced(model: nn.Module, deal: Callable[[tuple[int, int], int, int], Tensor]) -> Iterator[None]:
-    """Hooks on all layers; `deal` makes ids from ((layer, E), T, K)."""
+def _forced(model: nn.Module, deal: Deal) -> Iterator[None]:
+    """Hooks on all layers."""
     handles = []
     for index, layer in enumerate(routed_layers(model)):
-        drawn = _Drawn((index, layer.num_experts), deal)
+        drawn = Drawn((index, layer.num_experts), deal)
         if layer.scored:
             handles.append(layer.module.register_forward_hook(_ForceScores(drawn, layer.top_k)))
         else:
@@ -122,10 +135,10 @@ def _forced(model: nn.Module, deal: Callable[[tuple[int, int], int, int], Tensor
             handle.remove()
 
 
-class _Drawn:
+class Drawn:
     """The draws of one layer, by number of tokens: made once, kept on the device."""
 
-    def __init__(self, layer: tuple[int, int], deal: Callable[[tuple[int, int], int, int], Tensor]):
+    def __init__(self, layer: tuple[int, int], deal: Deal):
         self.layer, self.deal = layer, deal
         self.kept: dict[tuple[int, ...], Tensor] = {}
 
@@ -142,7 +155,7 @@ class _Drawn:
 class _ForceIds:
     """Pre-hook of an experts module: other ids, the same weights."""
 
-    drawn: _Drawn
+    drawn: Drawn
     names: tuple[str, ...]
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -158,7 +171,7 @@ class _ForceIds:
 class _ForceScores:
     """Hook of a router that returns ``(scores, …)``: each token's scores move to other experts."""
 
-    drawn: _Drawn
+    drawn: Drawn
     top_k: int
 
     def __call__(self, module: nn.Module, args: tuple, output: tuple) -> tuple:
