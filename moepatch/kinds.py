@@ -12,6 +12,7 @@ from .experts.scored_block import BlockState, PatchedScoredBlock
 from .kind import Kind
 from .layers.attention.kind import ATTENTION_FUNCTION
 from .layers.attention_block import ATTENTION_BLOCK
+from .layers.latent import LATENT
 from .layers.linear import LINEAR
 from .layers.loss.module import LOSS
 from .layers.mixers.delta import DELTA_MIXER
@@ -125,6 +126,7 @@ KINDS: dict[str, Kind] = {
         ),
         ATTENTION_FUNCTION,
         ATTENTION_BLOCK,
+        LATENT,
         SSD_MIXER,
         DELTA_MIXER,
         SELECTIVE_MIXER,

@@ -162,7 +162,7 @@ def backend(table: str, name: str) -> Backend:
 
 
 #: Tables whose plain torch form torch.compile fuses by itself, where it could not follow every library's kernels.
-FUSED_BY_COMPILE = ("norm", "residual", "mlp", "attention_block")
+FUSED_BY_COMPILE = ("norm", "residual", "mlp", "attention_block", "latent")
 
 
 def compute(table: str, name: str) -> Callable[..., Any]:

@@ -61,7 +61,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("table", ["norm", "residual", "mlp", "attention_block"])
+@pytest.mark.parametrize("table", ["norm", "residual", "mlp", "attention_block", "latent"])
 def test_a_compiler_sees_plain_torch(table, monkeypatch):
     """Libraries' kernels stop it (Liger's norm does), and it fuses these by itself."""
     plain = compute(table, "reference")

@@ -1,4 +1,4 @@
-"""What the kernels of `rope_jit` and `rope_rows_jit` are made of: parts of heads, tables, and one head each way. Importing this module needs Triton.
+"""What the kernels of `rope_jit`, `rope_rows_jit` and `latent_jit` are made of: parts of heads, tables, and one head each way. Needs Triton.
 
 A head is taken apart into the first and the second numbers of its R/2 pairs (R2 of HALF columns, a power of two) and the REST dims that are
 not rotated (of REST2 columns). NORM is 0 without one, 1 for each head before the rotation, 2 for all heads of a token, 3 for each head after
@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _stored_pairs(at, here, R2: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+def stored_pairs(at, here, R2: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The first and the second number of each pair, ``[BT, HALF]``, in the dtype of memory; `at` are pointers ``[BT, 1]``."""
     if INTERLEAVED:
         column = tl.arange(0, 2 * HALF)[None, :]
@@ -25,15 +25,15 @@ def _stored_pairs(at, here, R2: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: t
 
 
 @triton.jit
-def _load_pairs(at, here, R2: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+def load_pairs(at, here, R2: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The same in fp32."""
-    first, second = _stored_pairs(at, here, R2, HALF, INTERLEAVED)
+    first, second = stored_pairs(at, here, R2, HALF, INTERLEAVED)
     return first.to(tl.float32), second.to(tl.float32)
 
 
 @triton.jit
-def _store_pairs(at, here, first, second, R2: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The inverse of `_load_pairs`."""
+def store_pairs(at, here, first, second, R2: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The inverse of `load_pairs`."""
     if INTERLEAVED:
         column = tl.arange(0, 2 * HALF)[None, :]
         x = tl.reshape(tl.join(first, second), (first.shape[0], 2 * HALF))
@@ -65,7 +65,7 @@ def _load_rest(at, here, REST: tl.constexpr, REST2: tl.constexpr):
 @triton.jit
 def stored_head(at, here, R2: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, REST2: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The three parts of a head in the dtype of memory."""
-    first, second = _stored_pairs(at, here, R2, HALF, INTERLEAVED)
+    first, second = stored_pairs(at, here, R2, HALF, INTERLEAVED)
     return first, second, _stored_rest(at + 2 * R2, here, REST, REST2)
 
 
@@ -107,7 +107,7 @@ def load_tables(
 
 
 @triton.jit
-def _turn(first, second, cos_1, sin_1, cos_2, sin_2, ROPE: tl.constexpr):
+def turn(first, second, cos_1, sin_1, cos_2, sin_2, ROPE: tl.constexpr):
     if ROPE:
         turned_1, turned_2 = first * cos_1 - second * sin_1, second * cos_2 + first * sin_2
     else:
@@ -116,8 +116,8 @@ def _turn(first, second, cos_1, sin_1, cos_2, sin_2, ROPE: tl.constexpr):
 
 
 @triton.jit
-def _turn_back(first, second, cos_1, sin_1, cos_2, sin_2, ROPE: tl.constexpr):
-    """The transpose of `_turn`, for gradients."""
+def turn_back(first, second, cos_1, sin_1, cos_2, sin_2, ROPE: tl.constexpr):
+    """The transpose of `turn`, for gradients."""
     if ROPE:
         turned_1, turned_2 = first * cos_1 + second * sin_2, second * cos_2 - first * sin_1
     else:
@@ -148,8 +148,8 @@ def load_weight(
     """The norm's factors for queries or keys, in the three parts of a head, each ``[1, …]``."""
     row = tl.zeros((1, 1), tl.int32) + at
     q_here, k_here = (row >= 0) & is_q, (row >= 0) & (is_q == 0)
-    q_1, q_2 = _load_pairs(q_weight + row, q_here, R2, HALF, INTERLEAVED)
-    k_1, k_2 = _load_pairs(k_weight + row, k_here, R2, HALF, INTERLEAVED)
+    q_1, q_2 = load_pairs(q_weight + row, q_here, R2, HALF, INTERLEAVED)
+    k_1, k_2 = load_pairs(k_weight + row, k_here, R2, HALF, INTERLEAVED)
     q_3 = _load_rest(q_weight + row + 2 * R2, q_here, REST, REST2)
     k_3 = _load_rest(k_weight + row + 2 * R2, k_here, REST, REST2)
     return q_1 + k_1 + OFFSET, q_2 + k_2 + OFFSET, q_3 + k_3 + OFFSET
@@ -164,7 +164,7 @@ def sum_all_heads(
     total = tl.zeros((BT,), tl.float32)
     head = heads * 0
     while head < heads:
-        first, second = _load_pairs(x + head * step, here, R2, HALF, INTERLEAVED)
+        first, second = load_pairs(x + head * step, here, R2, HALF, INTERLEAVED)
         total += _square_sum(first, second, _load_rest(x + head * step + 2 * R2, here, REST, REST2))
         head += 1
     return total
@@ -177,10 +177,10 @@ def one_head(
 ):  # fmt: skip
     """Forward of one head of a block of tokens; `rstd` is used by a full norm only."""
     dtype: tl.constexpr = x.dtype.element_ty
-    y_1, y_2 = _load_pairs(x, here, R2, HALF, INTERLEAVED)
+    y_1, y_2 = load_pairs(x, here, R2, HALF, INTERLEAVED)
     y_3 = _load_rest(x + 2 * R2, here, REST, REST2)
     if NORM == 3:
-        y_1, y_2 = _turn(y_1, y_2, cos_1, sin_1, cos_2, sin_2, ROPE)
+        y_1, y_2 = turn(y_1, y_2, cos_1, sin_1, cos_2, sin_2, ROPE)
     if NORM != 0:
         if NORM != 2:
             rstd = tl.rsqrt(_square_sum(y_1, y_2, y_3) / D + eps)
@@ -188,8 +188,8 @@ def one_head(
         y_2 = _rounded(y_2 * rstd[:, None], dtype, CAST_FIRST) * w_2
         y_3 = _rounded(y_3 * rstd[:, None], dtype, CAST_FIRST) * w_3
     if NORM != 3:
-        y_1, y_2 = _turn(y_1, y_2, cos_1, sin_1, cos_2, sin_2, ROPE)
-    _store_pairs(out, here, y_1, y_2, R2, HALF, INTERLEAVED)
+        y_1, y_2 = turn(y_1, y_2, cos_1, sin_1, cos_2, sin_2, ROPE)
+    store_pairs(out, here, y_1, y_2, R2, HALF, INTERLEAVED)
     _store_rest(out + 2 * R2, here, y_3, REST, REST2)
 
 
@@ -207,11 +207,11 @@ def one_head_backward(
     g_1, g_2, g_3 = g_1.to(tl.float32), g_2.to(tl.float32), g_3.to(tl.float32)
     s_1, s_2, s_3 = g_1, g_2, g_3
     if NORM != 3:
-        g_1, g_2 = _turn_back(g_1, g_2, cos_1, sin_1, cos_2, sin_2, ROPE)
+        g_1, g_2 = turn_back(g_1, g_2, cos_1, sin_1, cos_2, sin_2, ROPE)
     if NORM != 0:
         y_1, y_2, y_3 = y_1.to(tl.float32), y_2.to(tl.float32), y_3.to(tl.float32)
         if NORM == 3:
-            y_1, y_2 = _turn(y_1, y_2, cos_1, sin_1, cos_2, sin_2, ROPE)
+            y_1, y_2 = turn(y_1, y_2, cos_1, sin_1, cos_2, sin_2, ROPE)
         if NORM != 2:
             rstd = tl.rsqrt(_square_sum(y_1, y_2, y_3) / D + eps)
         y_1, y_2, y_3 = y_1 * rstd[:, None], y_2 * rstd[:, None], y_3 * rstd[:, None]
@@ -225,8 +225,8 @@ def one_head_backward(
         g_2 = (g_2 - y_2 * mean[:, None]) * rstd[:, None]
         g_3 = (g_3 - y_3 * mean[:, None]) * rstd[:, None]
         if NORM == 3:
-            g_1, g_2 = _turn_back(g_1, g_2, cos_1, sin_1, cos_2, sin_2, ROPE)
-    _store_pairs(dx, here, g_1, g_2, R2, HALF, INTERLEAVED)
+            g_1, g_2 = turn_back(g_1, g_2, cos_1, sin_1, cos_2, sin_2, ROPE)
+    store_pairs(dx, here, g_1, g_2, R2, HALF, INTERLEAVED)
     _store_rest(dx + 2 * R2, here, g_3, REST, REST2)
     return s_1, s_2, s_3
 
@@ -242,10 +242,10 @@ def dot_all_heads(
     head = heads * 0
     while head < heads:
         w_1, w_2, w_3 = load_weight(q_weight, k_weight, head * D, is_q, OFFSET, R2, HALF, REST, REST2, INTERLEAVED)
-        g_1, g_2 = _load_pairs(dy + head * dy_step, here, R2, HALF, INTERLEAVED)
+        g_1, g_2 = load_pairs(dy + head * dy_step, here, R2, HALF, INTERLEAVED)
         g_3 = _load_rest(dy + head * dy_step + 2 * R2, here, REST, REST2)
-        g_1, g_2 = _turn_back(g_1, g_2, cos_1, sin_1, cos_2, sin_2, ROPE)
-        x_1, x_2 = _load_pairs(x + head * step, here, R2, HALF, INTERLEAVED)
+        g_1, g_2 = turn_back(g_1, g_2, cos_1, sin_1, cos_2, sin_2, ROPE)
+        x_1, x_2 = load_pairs(x + head * step, here, R2, HALF, INTERLEAVED)
         x_3 = _load_rest(x + head * step + 2 * R2, here, REST, REST2)
         total += _dot(g_1 * w_1, g_2 * w_2, g_3 * w_3, x_1, x_2, x_3)
         head += 1
@@ -259,7 +259,7 @@ def store_sums(
     """One row of the partial gradients of a weight, `at` a pointer."""
     to = at + tl.zeros((1, 1), tl.int32)
     here = tl.full((1, 1), 1, tl.int1)
-    _store_pairs(to, here, tl.sum(s_1, 0)[None, :], tl.sum(s_2, 0)[None, :], R2, HALF, INTERLEAVED)
+    store_pairs(to, here, tl.sum(s_1, 0)[None, :], tl.sum(s_2, 0)[None, :], R2, HALF, INTERLEAVED)
     _store_rest(to + 2 * R2, here, tl.sum(s_3, 0)[None, :], REST, REST2)
 
 

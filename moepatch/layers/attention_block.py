@@ -164,7 +164,7 @@ class PatchedAttentionBlock(Patched):
         registry, eager = attention_functions(original_class(self))
         attend = registry.get_interface(self.config._attn_implementation, eager)
         arguments = {argument.name: argument.of(self) for argument in spec.arguments}
-        if backend == "triton" and not torch.compiler.is_compiling() and (cache is None or _is_fresh(cache, self.layer_idx)):
+        if backend == "triton" and not torch.compiler.is_compiling() and (cache is None or is_fresh(cache, self.layer_idx)):
             found = self._at_once(spec, attend, hidden_states, tables, mask, {**arguments, **kwargs}, cache is not None)
             if found is not None:
                 y, *kept = found if isinstance(found, tuple) else (found,)
@@ -242,7 +242,7 @@ def attention_functions(cls: type) -> tuple[Any, Any] | None:
     return names["ALL_ATTENTION_FUNCTIONS"], names["eager_attention_forward"]
 
 
-def _is_fresh(cache: Any, layer: int) -> bool:
+def is_fresh(cache: Any, layer: int) -> bool:
     """Whether a cache would hand back what it is given: it grows, and holds nothing of this layer yet, as those that a training step makes."""
     if type(cache) is not DynamicCache:
         return False

@@ -9,6 +9,7 @@ gradients.
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator
@@ -18,13 +19,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import trial
-from ..layers.attention_block import PARAMETERS, Argument, AttentionBlockSpec, attention_functions
+from ..layers.attention_block import ATTENTION_BLOCK, PARAMETERS, Argument, AttentionBlockSpec, attention_functions
 from ..layers.rope import ROPES, HeadNorm, HeadsSpec
 from ..registry import register_matcher
 from ..scan import Found, Scan
 from ..site import Refusal, Site
 from ..surgery import original_class
-from .attention_calls import Subject
+from .attention_calls import Subject, heads_call
 from .experts import make_site
 from .norm import match_norm
 from .probe import fingerprint
@@ -42,7 +43,7 @@ def match_attention_block(found: Found, scan: Scan, memo: dict) -> Site | Refusa
     form = _form(module)
     if form is None:
         return None
-    key = ("attention_block", id(module.config), _without_index(module))
+    key = ("attention_block", id(module.config), without_index(module))
     if key not in memo:
         memo[key] = _read(form, module, scan, memo)
     spec = memo[key]
@@ -52,7 +53,7 @@ def match_attention_block(found: Found, scan: Scan, memo: dict) -> Site | Refusa
     return site if isinstance(site, Site) else None
 
 
-def _without_index(module: nn.Module) -> tuple:
+def without_index(module: nn.Module) -> tuple:
     """The fingerprint, the same for all layers where the index of the layer only tells the cache which one it is."""
     looks = [i for i in dis.get_instructions(trial.eager_forward(module)) if i.argval == "layer_idx"]
     cls, plain, *rest = fingerprint(module)
@@ -120,10 +121,12 @@ def _read(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> AttentionBl
         return None
     for sizes in dict.fromkeys((tuple(_sizes(form.spec).items()), ())):
         for narrow in (2, 1):
-            original = Subject.made(module, dict(sizes), form.spec, narrow)
+            scaled = form.spec.resized(dict(sizes))
+            called = functools.partial(heads_call, scaled, scaled.heads.head_dim // narrow)
+            original = Subject.made(module, dict(sizes), called, ATTENTION_BLOCK)
             if original is None:
                 continue
-            arguments = _arguments(original)
+            arguments = arguments_of(original)
             if arguments is None:
                 continue
             for spec in _readings(form.spec, norms, narrow):
@@ -172,7 +175,7 @@ def _readings(spec: AttentionBlockSpec, norms: tuple[HeadNorm | None, ...], narr
             yield replace(spec, heads=replace(spec.heads, rope="none", norm=norm))
 
 
-def _arguments(subject: Subject) -> tuple[Argument, ...] | None:
+def arguments_of(subject: Subject) -> tuple[Argument, ...] | None:
     """Where each keyword of the attention function comes from; None if one comes from nowhere that is known."""
     training, evaluation = subject.given[0], subject.given[-1]
     arguments = []

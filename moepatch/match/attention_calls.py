@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from .. import trial
-from ..layers.attention_block import ATTENTION_BLOCK, AttentionBlockSpec, attention_functions
+from ..kind import Kind
+from ..layers.attention_block import AttentionBlockSpec, attention_functions
 from ..replica import random_fill, replica
 from ..surgery import original_class
 from ..trial import Call
@@ -56,22 +58,23 @@ class Subject:
 
     Attributes:
         module: the scale model.
+        kind: how its twins are patched.
         call: an ordinary call, of a module in training.
         results: outputs and gradients of that call.
         given: what its attention function was given: in that call, in a loud one, and in evaluation with a cache.
     """
 
     module: nn.Module
+    kind: Kind
     call: Call
     results: dict[str, Tensor]
     given: list[dict[str, Any]]
 
     @classmethod
-    def made(cls, module: nn.Module, sizes: dict[int, int], spec: AttentionBlockSpec, narrow: int) -> Subject | None:
-        """None if the family's code cannot be run at these sizes with tables of D / `narrow` columns."""
+    def made(cls, module: nn.Module, sizes: dict[int, int], called: Callable[[torch.Generator], Call], kind: Kind) -> Subject | None:
+        """None if the family's code cannot be run at these sizes with what `called` makes."""
         _register_recorder()
         generator = torch.Generator().manual_seed(0)
-        scaled = spec.resized(sizes)
         model = replica(module, sizes, random_fill(generator))
         for name in [name for name, value in vars(model).items() if type(value) is float and "dropout" in name]:
             setattr(model, name, 0.25)
@@ -79,24 +82,30 @@ class Subject:
         model.config._attn_implementation_internal = _RECORDER
         if "attention_dropout" in vars(model.config):
             model.config.attention_dropout = 0.125
-        call = _call(scaled, scaled.heads.head_dim // narrow, generator)
+        call = called(generator)
         try:
-            return cls(model, call, *_run(model, call, trial.eager_forward(model)))
+            return cls(model, kind, call, *_run(model, call, trial.eager_forward(model)))
         except Exception:  # a family's code may fail in any way on tables that are not its own
             return None
 
-    def equals(self, spec: AttentionBlockSpec) -> bool:
+    def equals(self, spec: Any) -> bool:
         """Whether a patched twin does the same."""
-        twin = replica(self.module, {}, lambda tensor, shape: tensor.detach().clone())
-        trial.inject(twin, ATTENTION_BLOCK.injections(spec, "reference", None))
+        twin = self.twin(spec)
         try:
             results, given = _run(twin, self.call, None)
         except Exception:  # a reading may be wrong in any way
             return False
         return all(d.ok for d in trial.differences(self.results, results)) and all(map(_same, self.given, given))
 
+    def twin(self, spec: Any) -> nn.Module:
+        """A patched copy, of the same size and with the same weights."""
+        copied = replica(self.module, {}, lambda tensor, shape: tensor.detach().clone())
+        return trial.inject(copied, self.kind.injections(spec, "reference", None))
 
-def _call(spec: AttentionBlockSpec, table: int, generator: torch.Generator) -> Call:
+
+def heads_call(spec: AttentionBlockSpec, table: int, generator: torch.Generator) -> Call:
+    """A call of a module with two tables of `table` columns, whose numbers have nothing to do with each other."""
+
     def made(*shape):
         return torch.randn(shape, generator=generator)
 
