@@ -55,9 +55,14 @@ class Mask:
 
     def dense(self) -> Tensor:
         """Boolean ``[B, 1, S, S]``, True where a query sees a key; built at the first call."""
+        if torch.compiler.is_compiling():  # a graph that saw whether it is there already would be another one when it is recomputed
+            return self._built()
         if self._dense is None:
-            self._dense = hf.sdpa_mask(**{**self._arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+            self._dense = self._built()
         return self._dense
+
+    def _built(self) -> Tensor:
+        return hf.sdpa_mask(**{**self._arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
     def to(self, device, non_blocking: bool = False) -> Mask:
         """On another device: what accelerate calls where layers are spread over devices."""
