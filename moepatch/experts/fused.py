@@ -7,7 +7,8 @@ pre-activation, the routing weights and the integers of the sort. The routing we
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,35 @@ class Operands(NamedTuple):
     down: Tensor
     up_bias: Tensor | None
     down_bias: Tensor | None
+
+
+class Gemms(Protocol):
+    """The products of one call's rows, sorted by expert, with their experts' matrices. Rows of nobody are undefined."""
+
+    def rows_times(self, x_RA: Tensor, w_EBA: Tensor, *, of_gradients: bool = False) -> Tensor:
+        """``y_RB``: each row times its expert's matrix; `of_gradients` says that the rows are gradients."""
+
+    def weight_gradient(self, grad_RB: Tensor, x_RA: Tensor, weight_EBA: Tensor) -> Tensor:
+        """``dL/dW [E, B, A]``; exactly 0 for an expert without rows."""
+
+
+class TorchGemms(NamedTuple):
+    """Torch's grouped GEMMs, which read on the device where an expert's rows end."""
+
+    offs_E: Tensor
+
+    @classmethod
+    def of(cls, routing: Routing) -> TorchGemms:
+        """For the rows of a call."""
+        return cls(routing.offs_E)
+
+    def rows_times(self, x_RA: Tensor, w_EBA: Tensor, *, of_gradients: bool = False) -> Tensor:
+        """See `Gemms`."""
+        return rows_times(x_RA, w_EBA, self.offs_E)
+
+    def weight_gradient(self, grad_RB: Tensor, x_RA: Tensor, weight_EBA: Tensor) -> Tensor:
+        """See `Gemms`."""
+        return weight_gradient(grad_RB, x_RA, weight_EBA, self.offs_E)
 
 
 def why_not(spec: ExpertsSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -55,14 +85,19 @@ def _why_not_written_out(spec: ExpertsSpec) -> str | None:
     return None
 
 
-def fused_experts(x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, weights: ExpertWeights) -> Tensor:
+def fused_experts(
+    x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, weights: ExpertWeights, gemms_of: Callable[[Routing], Gemms] = TorchGemms.of
+) -> Tensor:
     """``y_TH``: every token through its experts. Same arguments and result as `reference.reference_experts`.
 
     What `why_not` refuses goes through `grouped.grouped_experts`, and so does a call that torch.compile traces: it fuses those pieces itself.
+
+    Args:
+        gemms_of: whose GEMMs.
     """
     if torch.compiler.is_compiling() or x_TH.dtype == torch.float64 or _why_not_written_out(weights.spec) is not None:
         return grouped_experts(x_TH, topk_ids_TK, topk_weights_TK, weights)
-    return _FusedExperts.apply(x_TH, topk_weights_TK, topk_ids_TK, weights, *operands_of(weights))
+    return _FusedExperts.apply(x_TH, topk_weights_TK, topk_ids_TK, weights, gemms_of, *operands_of(weights))
 
 
 def operands_of(weights: ExpertWeights) -> Operands:
@@ -76,18 +111,18 @@ def operands_of(weights: ExpertWeights) -> Operands:
 
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, topk_weights_TK, topk_ids_TK, weights: ExpertWeights, *tensors):
+    def forward(ctx, x_TH, topk_weights_TK, topk_ids_TK, weights: ExpertWeights, gemms_of, *tensors):
         """`tensors` are `Operands`."""
         spec, operands = weights.spec, Operands(*tensors)
         routing = route(topk_ids_TK, topk_weights_TK, spec.num_experts, weights.rows)
-        x_RH = gather_tokens(x_TH, routing, scaled=spec.scale_input)
-        pre = rows_times(x_RH, operands.up, routing.offs_E)
+        gemms = gemms_of(routing)
+        pre = gemms.rows_times(gather_tokens(x_TH, routing, scaled=spec.scale_input), operands.up)
         if operands.up_bias is not None:
             add_bias_(pre, operands.up_bias, routing)
         h_RI = _activate(pre, spec, routing)
-        y_RH = rows_times(h_RI, operands.down, routing.offs_E)
+        y_RH = gemms.rows_times(h_RI, operands.down)
         y_TH, _ = combine_rows(y_RH, routing, scaled=not spec.scale_input, bias_EH=operands.down_bias)
-        ctx.spec, ctx.weights_dtype = spec, topk_weights_TK.dtype
+        ctx.spec, ctx.gemms, ctx.weights_dtype = spec, gemms, topk_weights_TK.dtype
         keep_routing(ctx, routing, x_TH, pre, *tensors)
         if weights.ranks > 1 and weights.rows is None and launches(pre):
             cut_later(pre, routing.ends, weights.ranks)
@@ -98,16 +133,16 @@ class _FusedExperts(torch.autograd.Function):
     def backward(ctx, grad_TH):
         """Recomputes rows and activation; every gradient that nobody needs is left out."""
         routing, x_TH, pre, *tensors = kept_routing(ctx)
-        spec, operands = ctx.spec, Operands(*tensors)
-        needs_x, needs_weights, _, _, *needs = ctx.needs_input_grad
-        needs, offs_E = Operands(*needs), routing.offs_E
+        spec, gemms, operands = ctx.spec, ctx.gemms, Operands(*tensors)
+        needs_x, needs_weights, _, _, _, *needs = ctx.needs_input_grad
+        needs = Operands(*needs)
         grad_TH = grad_TH.contiguous()
 
         grad_RH = gather_tokens(grad_TH, routing)
-        grad_h_RI = rows_times(grad_RH, operands.down.transpose(1, 2), offs_E)
+        grad_h_RI = gemms.rows_times(grad_RH, operands.down.mT, of_gradients=True)
         grad_pre, h_RI, grad_weights_R = _activate_backward(pre, grad_h_RI, spec, routing, want_h=needs.down)
         del grad_h_RI
-        grad_down = weight_gradient(grad_RH, h_RI, operands.down, offs_E) if needs.down else None
+        grad_down = gemms.weight_gradient(grad_RH, h_RI, operands.down) if needs.down else None
         del grad_RH, h_RI
         grad_down_bias = down_bias_gradient(grad_TH, operands, routing) if needs.down_bias else None
         if operands.down_bias is not None and needs_weights:
@@ -115,20 +150,20 @@ class _FusedExperts(torch.autograd.Function):
 
         grad_up = None
         if needs.up:
-            grad_up = weight_gradient(grad_pre, gather_tokens(x_TH, routing, scaled=spec.scale_input), operands.up, offs_E)
+            grad_up = gemms.weight_gradient(grad_pre, gather_tokens(x_TH, routing, scaled=spec.scale_input), operands.up)
         grad_up_bias = None
         if needs.up_bias:
             grad_up_bias = sum_groups(grad_pre, routing, of_tokens=False, scaled=False, dtype=operands.up_bias.dtype)
         grad_x_TH = grad_weights_TK = None
         if needs_x or needs_weights:
             # A token's gradient and those of its weights leave in one kernel.
-            grad_x_RH = rows_times(grad_pre, operands.up.transpose(1, 2), offs_E)
+            grad_x_RH = gemms.rows_times(grad_pre, operands.up.mT, of_gradients=True)
             if spec.scale_input:
                 grad_weights_R = row_dots(grad_x_RH, None, x_TH, routing.token_R, routing)
             grad_x_TH, grad_weights_TK = combine_rows(
                 grad_x_RH, routing, scaled=spec.scale_input, numbers_R=grad_weights_R, numbers_dtype=ctx.weights_dtype
             )
-        return grad_x_TH, grad_weights_TK, None, None, grad_up, grad_down, grad_up_bias, grad_down_bias
+        return grad_x_TH, grad_weights_TK, None, None, None, grad_up, grad_down, grad_up_bias, grad_down_bias
 
 
 def keep_routing(ctx, routing: Routing, *tensors: Tensor | None) -> None:

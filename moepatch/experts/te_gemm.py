@@ -19,7 +19,7 @@ from ..layers.te_linear import MULTIPLE
 
 
 class Groups(NamedTuple):
-    """How rows that are sorted by expert fall into groups.
+    """How rows that are sorted by expert fall into groups, and their products (`fused.Gemms`).
 
     Attributes:
         splits: rows of each expert, on the host.
@@ -32,6 +32,50 @@ class Groups(NamedTuple):
     padded: list[int]
     place_R: Tensor | None
     fp8: bool
+
+    def rows_times(self, x_RA: Tensor, w_EBA: Tensor, *, of_gradients: bool = False) -> Tensor:
+        """``y_RB``: each row times its expert's matrix. Rows of nobody are undefined.
+
+        Args:
+            x_RA: contiguous rows.
+            w_EBA: matrices ``[E, B, A]``, or a transposed view of such.
+            of_gradients: the rows are gradients, whose sums are kept in full precision in FP8 too.
+        """
+        y_RB = x_RA.new_empty(x_RA.shape[0], w_EBA.shape[1])
+        some = [expert for expert, rows in enumerate(self.splits) if rows]
+        if not some:
+            return y_RB
+        as_stored = w_EBA.stride(-1) == 1
+        stored = w_EBA if as_stored else w_EBA.mT
+        matrices = _matrices(stored.contiguous(), self, columnwise=not as_stored)
+        x = _padded(x_RA, self)
+        out = y_RB[: sum(self.splits)] if self.place_R is None else x.new_empty(x.shape[0], w_EBA.shape[1])
+        sizes = [self.padded[expert] for expert in some]
+        rows = _rows(x, sizes, self, columnwise=False)
+        _library().gemm(
+            [matrices[expert] for expert in some], rows, [out], [None] * len(some), x_RA.dtype,
+            layout="TN" if as_stored else "NN", m_splits=sizes, single_output=True, use_split_accumulator=of_gradients,
+        )  # fmt: skip
+        return y_RB if self.place_R is None else out.index_select(0, self.place_R)
+
+    def weight_gradient(self, grad_RB: Tensor, x_RA: Tensor, weight_EBA: Tensor) -> Tensor:
+        """``dL/dW [E, B, A]`` with the memory order of the weight; exactly 0 for an expert without rows."""
+        as_stored = weight_EBA.stride(-1) == 1
+        experts, width_b, width_a = weight_EBA.shape
+        stored = weight_EBA.new_empty((experts, width_b, width_a) if as_stored else (experts, width_a, width_b))
+        some = [expert for expert, rows in enumerate(self.splits) if rows]
+        for expert in set(range(experts)).difference(some):
+            stored[expert].zero_()
+        if some:
+            sizes = [self.padded[expert] for expert in some]
+            grads = _rows(_padded(grad_RB, self), sizes, self, columnwise=True)
+            rows = _rows(_padded(x_RA, self), sizes, self, columnwise=True)
+            first, second = (rows, grads) if as_stored else (grads, rows)
+            _library().gemm(
+                first, second, [stored[expert] for expert in some], [None] * len(some), weight_EBA.dtype,
+                layout="NT", m_splits=sizes, use_split_accumulator=True,
+            )  # fmt: skip
+        return stored if as_stored else stored.mT
 
 
 def groups_of(routing: Routing, fp8: bool) -> Groups:
@@ -46,53 +90,6 @@ def groups_of(routing: Routing, fp8: bool) -> Groups:
     row_R = torch.arange(routing.expert_R.shape[0], device=routing.ends.device)
     place_R = row_R + row_R.new_tensor(shift_E).index_select(0, routing.expert_R)
     return Groups(splits, padded, place_R.clamp_(max=starts[-1] - 1), fp8)
-
-
-def rows_times(x_RA: Tensor, w_EBA: Tensor, groups: Groups, *, of_gradients: bool = False) -> Tensor:
-    """``y_RB``: each row times its expert's matrix. Rows of nobody are undefined.
-
-    Args:
-        x_RA: contiguous rows.
-        w_EBA: matrices ``[E, B, A]``, or a transposed view of such.
-        groups: of the rows.
-        of_gradients: the rows are gradients, whose sums are kept in full precision in FP8 too.
-    """
-    y_RB = x_RA.new_empty(x_RA.shape[0], w_EBA.shape[1])
-    some = [expert for expert, rows in enumerate(groups.splits) if rows]
-    if not some:
-        return y_RB
-    as_stored = w_EBA.stride(-1) == 1
-    stored = w_EBA if as_stored else w_EBA.mT
-    matrices = _matrices(stored.contiguous(), groups, columnwise=not as_stored)
-    x = _padded(x_RA, groups)
-    out = y_RB[: sum(groups.splits)] if groups.place_R is None else x.new_empty(x.shape[0], w_EBA.shape[1])
-    sizes = [groups.padded[expert] for expert in some]
-    rows = _rows(x, sizes, groups, columnwise=False)
-    _library().gemm(
-        [matrices[expert] for expert in some], rows, [out], [None] * len(some), x_RA.dtype,
-        layout="TN" if as_stored else "NN", m_splits=sizes, single_output=True, use_split_accumulator=of_gradients,
-    )  # fmt: skip
-    return y_RB if groups.place_R is None else out.index_select(0, groups.place_R)
-
-
-def weight_gradient(grad_RB: Tensor, x_RA: Tensor, weight_EBA: Tensor, groups: Groups) -> Tensor:
-    """``dL/dW [E, B, A]`` with the memory order of the weight; exactly 0 for an expert without rows."""
-    as_stored = weight_EBA.stride(-1) == 1
-    experts, width_b, width_a = weight_EBA.shape
-    stored = weight_EBA.new_empty((experts, width_b, width_a) if as_stored else (experts, width_a, width_b))
-    some = [expert for expert, rows in enumerate(groups.splits) if rows]
-    for expert in set(range(experts)).difference(some):
-        stored[expert].zero_()
-    if some:
-        sizes = [groups.padded[expert] for expert in some]
-        grads = _rows(_padded(grad_RB, groups), sizes, groups, columnwise=True)
-        rows = _rows(_padded(x_RA, groups), sizes, groups, columnwise=True)
-        first, second = (rows, grads) if as_stored else (grads, rows)
-        _library().gemm(
-            first, second, [stored[expert] for expert in some], [None] * len(some), weight_EBA.dtype,
-            layout="NT", m_splits=sizes, use_split_accumulator=True,
-        )  # fmt: skip
-    return stored if as_stored else stored.mT
 
 
 def _padded(x_RA: Tensor, groups: Groups) -> Tensor:
