@@ -75,9 +75,9 @@ def test_the_host_waits_once(monkeypatch):
     run(te_fp8_experts, module, spec, ids, weights, torch.bfloat16)
     real = te.groups_of
 
-    def allowed(*args):
+    def allowed(*args, **kwargs):
         torch.cuda.set_sync_debug_mode("default")
-        found = real(*args)
+        found = real(*args, **kwargs)
         torch.cuda.set_sync_debug_mode("error")
         return found
 
