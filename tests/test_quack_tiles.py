@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -37,8 +38,10 @@ def test_what_the_model_of_the_gpu_expects():
 
 
 def test_quacks_tilings_are_sorted_and_those_that_cannot_be_are_left_out(monkeypatch):
+    fields = [*fake_quack.Tiling._fields, "device_capacity", "swap_ab"]
+    config = dataclasses.make_dataclass("GemmConfig", fields, frozen=True)
     every = [
-        SimpleNamespace(**tiles(*tile, *cluster)._asdict(), device_capacity=capacity, swap_ab=swap)
+        config(*tiles(*tile, *cluster), capacity, swap)
         for tile in ((128, 192, True), (128, 256, False), (256, 128, False))
         for cluster in ((1, 2), (2, 1))
         for capacity in (9, 10)
@@ -52,10 +55,11 @@ def test_quacks_tilings_are_sorted_and_those_that_cannot_be_are_left_out(monkeyp
     monkeypatch.setitem(sys.modules, "quack", SimpleNamespace(gemm_config=module))
     monkeypatch.setitem(sys.modules, "quack.gemm_config", module)
     found = quack_tiles.possible(UP)
-    assert len(found) == 3 and all(c.cluster_n == 1 and c.device_capacity == 9 and not c.swap_ab for c in found)
+    assert sorted(c.cluster_m for c in found) == [1, 1, 1, 2, 2, 2] and all(c.cluster_n == 1 and c.device_capacity == 9 and not c.swap_ab for c in found)
     assert len(quack_tiles.possible(SQUARE)) == 6 and asked == ["gated", None]
     costs = [quack_tiles.expected(c, UP) for c in found]
-    assert costs == sorted(costs)
+    assert costs == sorted(costs) and found[0].cluster_m == 2
+    assert quack_tiles.possible(UP._replace(m=100))[0].cluster_m == 1  # half of a cluster would be empty
 
 
 @pytest.fixture

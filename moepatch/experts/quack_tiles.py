@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -71,14 +72,19 @@ def label(tiles: Any) -> str:
 
 
 def possible(problem: Problem) -> list[Any]:
-    """The tilings of QuACK that can compute this, the most promising first."""
+    """The tilings of QuACK that can compute this, the most promising first; those for gathered rows without clusters too, which QuACK does not list.
+
+    A cluster of gathered rows lies along them, and half of it is empty where a group has no more rows than a tile.
+    """
     from quack.gemm_config import config_supports, get_all_configs
 
-    found = (
+    found = [
         c
         for c in get_all_configs(epilogue="gated" if problem.pairs else None)
         if c.device_capacity == 9 and not c.swap_ab and config_supports(c, gather_A=problem.gather, varlen_m=problem.ragged == "m")
-    )
+    ]
+    if problem.gather and problem.ragged == "m":
+        found += [replace(c, cluster_m=1) for c in found]
     return sorted(found, key=lambda tiles: expected(tiles, problem))
 
 
