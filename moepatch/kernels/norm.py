@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..layers.norm import CASTS, GATES, NormSpec, reference_norm
 from .launch import Prepared
-from .norm_jit import backward_kernel, forward_kernel
+from .norm_jit import backward_kernel, forward_kernel, sum_kernel
 
 try:
     import triton
@@ -25,9 +25,7 @@ except ImportError:
 WIDEST = 16384
 #: Bytes of a multiprocessor's shared memory that loads ahead may use.
 _AHEAD = 200 * 1024
-#: One program for so many multiprocessors may wait to add up weight gradients: most places stay free for those that it waits for.
-_SHARE = 2
-#: The least columns of weight gradients that one program adds up.
+#: Columns of weight gradients that one program adds up.
 _SUMMED = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GATE_CODES = {None: 0, **{name: code for code, name in enumerate(GATES, 1)}}
@@ -95,8 +93,7 @@ class _Norm(torch.autograd.Function):
             total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if gate is not None:
             gate = gate.contiguous()
-        # After a number for each row and group: for each group a counter, 0 in any dtype, of the programs of the backward pass.
-        rstd = torch.empty((rows.count + 1) * rows.groups, dtype=torch.float32, device=x.device)
+        rstd = torch.empty(rows.count * rows.groups, dtype=torch.float32, device=x.device)
         _forward(rows, residual, weight, gate, y, total, rstd, spec)
         ctx.spec, ctx.form = spec, (residual is not None, fork)
         ctx.save_for_backward(x if total is None else total, weight, gate, rstd)
@@ -218,28 +215,24 @@ def _forward(rows: _Rows, residual, weight, gate, y, total, rstd, spec: NormSpec
     kernel(grid, rows.tensor, residual, weight, gate, y, total, rstd, rows.count, rows.outer_stride, rows.inner_stride, spec.eps)
 
 
-@functools.cache
-def _summing(width: int, groups: int, tile: tuple, processors: int) -> tuple[int, int, int, int]:
-    """Most programs of a group; how many of them add up what all found, and columns and rows that each takes at a time."""
-    most = max(1, tile[3] * processors // groups)
-    summing = max(1, processors // _SHARE // groups)
-    columns = max(_SUMMED, triton.next_power_of_2(-(-width // summing)))
-    rows = min(1 << most.bit_length() - 1, max(1, 64 * 32 * tile[2] // columns))
-    return most, min(summing, -(-width // columns)), columns, rows
-
-
 @functools.lru_cache(maxsize=1024)
 def _prepared_backward(
-    spec: NormSpec, width: int, groups: int, inner: int, weighted: bool, streamed: bool, wants_weight: bool, read: tuple, tile: tuple, columns: int,
-    summed: int,
-) -> Prepared:  # fmt: skip
-    """The kernel for a tile of `_backward_tile`; `read` are the dtypes of what it reads of each row, `columns` and rows `summed` are of `_summing`."""
+    spec: NormSpec, width: int, groups: int, inner: int, weighted: bool, streamed: bool, wants_weight: bool, read: tuple, tile: tuple
+) -> Prepared:
+    """The kernel for a tile of `_backward_tile`; `read` are the dtypes of what it reads of each row."""
     block, high, warps, crowd, stages = tile
     ahead = block * high * sum(dtype.itemsize for dtype in read)
     return Prepared(
         backward_kernel, BLOCK=block, ROWS=high, STREAM=streamed, DWEIGHT=wants_weight, STAGES=max(1, min(stages, _AHEAD // crowd // ahead)),
-        COLUMNS=columns, SUMMED=summed, **_constants(spec, width, groups, inner, weighted), num_warps=warps,
+        **_constants(spec, width, groups, inner, weighted), num_warps=warps,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared_sum(width: int, programs: int) -> Prepared:
+    """For a narrow row there are few programs, so each loads more at once."""
+    rows, warps = (256, 4) if width > 512 else (1024, 8)
+    return Prepared(sum_kernel, N=width, COLUMNS=_SUMMED, ROWS=min(rows, triton.next_power_of_2(programs)), num_warps=warps)
 
 
 def _programs(rows: int, high: int, most: int) -> int:
@@ -252,17 +245,15 @@ def _backward(rows: _Rows, dy, dstream, weight, gate, rstd, spec: NormSpec, want
     """Gradients of input, weight and gate; None for what there is not."""
     x, width, groups = rows.tensor, rows.width, rows.groups
     tile = _backward_tile(width, gate is not None)
-    most, summing, *summed = _summing(width, groups, tile, multiprocessors(x.device.index))
     read = (x.dtype, dy.dtype, *(t.dtype for t in (dstream, gate) if t is not None))
-    kernel = _prepared_backward(spec, width, groups, rows.inner, weight is not None, dstream is not None, wants_weight, read, tile, *summed)
-    programs = _programs(rows.count, tile[1], most)
+    kernel = _prepared_backward(spec, width, groups, rows.inner, weight is not None, dstream is not None, wants_weight, read, tile)
+    programs = _programs(rows.count, tile[1], max(1, tile[3] * multiprocessors(x.device.index) // groups))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dgate = torch.empty(x.shape, dtype=gate.dtype, device=x.device) if gate is not None else None
-    partial = dweight = None
-    if wants_weight:
-        partial, dweight = torch.empty(groups * programs * width, dtype=torch.float32, device=x.device), torch.empty_like(weight)
-    kernel(
-        (programs, groups),
-        dy, dstream, x, weight, gate, rstd, dx, dgate, partial, dweight, rows.count, rows.outer_stride, rows.inner_stride, min(summing, programs),
-    )  # fmt: skip
+    partial = torch.empty(groups * programs * width, dtype=torch.float32, device=x.device) if wants_weight else None
+    kernel((programs, groups), dy, dstream, x, weight, gate, rstd, dx, dgate, partial, rows.count, rows.outer_stride, rows.inner_stride)
+    if not wants_weight:
+        return dx, None, dgate
+    dweight = torch.empty_like(weight)
+    _prepared_sum(width, programs)((-(-width // _SUMMED), groups), partial, dweight, programs)
     return dx, dweight, dgate

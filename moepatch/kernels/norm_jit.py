@@ -6,7 +6,6 @@ Constants say where a norm rounds (``CAST``: 0 before the weight, 1 after it, 2 
 from __future__ import annotations
 
 from .jit import jit
-from .partial_sums import add_rows_last
 
 try:
     import triton
@@ -64,8 +63,6 @@ def forward_kernel(
             wide = wide * factor
     r = tl.rsqrt(tl.sum(wide * wide, 1) / N + eps)
     tl.store(rstd + row * GROUPS + group, r, mask=row < rows)
-    if WEIGHT:  # The counter of the backward pass, after all rows.
-        tl.store(rstd + tl.cast(rows, tl.int64) * GROUPS + group, 0.0, mask=tl.program_id(0) == 0)
     if CAST == 2:
         r = r.to(loaded.dtype).to(tl.float32)
     out = wide * r[:, None]
@@ -80,14 +77,13 @@ def forward_kernel(
     tl.store(y + to, out.to(y.dtype.element_ty), mask=inside)
 
 
-@jit(do_not_specialize=["rows", "summing"])
+@jit(do_not_specialize=["rows"])
 def backward_kernel(
-    dy, dstream, x, weight, gate, rstd, dx, dgate, partial, dweight, rows, outer_stride, inner_stride, summing,
+    dy, dstream, x, weight, gate, rstd, dx, dgate, partial, rows, outer_stride, inner_stride,
     N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, WEIGHT: tl.constexpr,
     OFFSET: tl.constexpr, CAST: tl.constexpr, GATE: tl.constexpr, GATE_FIRST: tl.constexpr, STREAM: tl.constexpr,
-    DWEIGHT: tl.constexpr, STAGES: tl.constexpr, COLUMNS: tl.constexpr, SUMMED: tl.constexpr,
+    DWEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS and SUMMED are columns and rows of partial weight gradients that are added up at a time."""
     program, programs, group = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     col = tl.arange(0, BLOCK)[None, :]
     if WEIGHT:
@@ -128,7 +124,17 @@ def backward_kernel(
             out += stream.to(tl.float32)
         tl.store(dx + to, out.to(dx.dtype.element_ty), mask=inside)
     if DWEIGHT:
-        sums = partial + group * programs * N
-        tl.store(sums + program * N + col, tl.sum(dw, 0)[None, :], mask=col < N)
-        counter = (rstd + tl.cast(rows, tl.int64) * GROUPS + group).to(tl.pointer_type(tl.int32), bitcast=True)
-        add_rows_last(sums, dweight + group * N, counter, programs, summing, N, COLUMNS, SUMMED)
+        tl.store(partial + (group * programs + program) * N + col, tl.sum(dw, 0)[None, :], mask=col < N)
+
+
+@jit(do_not_specialize=["programs"])
+def sum_kernel(partial, dweight, programs, N: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Sums what the programs of `backward_kernel` found, in an order that is always the same."""
+    group = tl.program_id(1)
+    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, programs, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        total += tl.load(partial + (group * programs + row) * N + col, mask=(row < programs) & (col < N), other=0)
+    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(dweight + group * N + col, tl.sum(total, 0).to(dweight.dtype.element_ty), mask=col < N)
