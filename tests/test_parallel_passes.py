@@ -109,6 +109,30 @@ def test_numbers_whatever_the_size_and_the_mesh(size, mesh):
     on_ranks(2, same, "as it is", size, mesh)
 
 
+def looked_at_between():
+    """Passes between backward and what reads gradients of the model: they are clipped and set to zero all the same."""
+    model, fresh = bundled(), bundled()
+    inputs = batch("qwen3_moe", model, 0)
+    for looks in (False, True):  # without gradients the root and the head stay gathered, with them everything
+        for m in (model, fresh):
+            m(**inputs).loss.backward()
+        with torch.set_grad_enabled(looks):
+            model(**inputs)
+        want, got = (moepatch.clip_grad_norm_(m, 0.1) for m in (fresh, model))
+        assert torch.equal(want, got)
+        with torch.set_grad_enabled(looks):
+            model(**inputs)
+        for m, to_none in ((model, looks), (fresh, looks)):
+            m.zero_grad(to_none)
+    for m in (model, fresh):
+        m(**inputs).loss.backward()
+    assert all(torch.equal(a.grad.to_local(), b.grad.to_local()) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def test_gradients_are_clipped_and_zeroed_whatever_is_gathered():
+    on_ranks(2, looked_at_between)
+
+
 def broken_off(error, where, gradients):
     """A pass that ends in a layer, then a step."""
     model, fresh = bundled(size=3), bundled(size=3)

@@ -6,7 +6,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from .passes import part
 
 
 @torch.no_grad()
@@ -25,6 +28,9 @@ def clip_grad_norm_(parameters: nn.Module | Iterable[Tensor] | Tensor, max_norm:
         The norm before clipping, a plain 0-d tensor, equal on all ranks.
     """
     if isinstance(parameters, nn.Module):
+        for unit in parameters.modules():
+            if isinstance(unit, FSDPModule):
+                part(unit)  # a forward after the backward may have gathered it
         parameters = parameters.parameters()
     elif isinstance(parameters, Tensor):
         parameters = [parameters]

@@ -8,6 +8,7 @@ half-way, and later passes would use old weights. `Together` therefore decides i
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,12 @@ from torch.utils.hooks import RemovableHandle
 def part(unit: FSDPModule) -> None:
     """An FSDP2 unit as it is between two steps: in parts, nothing on its way, whatever a pass that broke off has left."""
     _begin_anew(unit._get_fsdp_state(), forget=True)
+
+
+def parts(unit: FSDPModule) -> Iterator[nn.Parameter]:
+    """What the optimizer steps of an FSDP2 unit, also while it is gathered and ``parameters()`` gives something else."""
+    group = unit._get_fsdp_state()._fsdp_param_group
+    yield from () if group is None else (held.sharded_param for held in group.fsdp_params)
 
 
 def _begin_anew(state: Any, forget: bool) -> None:

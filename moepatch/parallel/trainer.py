@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from ..checkpoint import PatchedModel
+from .passes import parts
 
 
 class ShardedModel(PatchedModel):
@@ -37,6 +38,16 @@ class ShardedModel(PatchedModel):
     @_is_accelerate_prepared.setter
     def _is_accelerate_prepared(self, value: bool) -> None:
         self.__dict__["_accelerate_was_here"] = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As any module's; also for parameters that are gathered at the moment, whose gradients lie elsewhere."""
+        super().zero_grad(set_to_none)
+        for unit in self.modules():
+            for part in parts(unit) if isinstance(unit, FSDPModule) else ():
+                if set_to_none or part.grad is None:
+                    part.grad = None
+                else:
+                    part.grad.detach_().zero_()
 
     @contextmanager
     def no_sync(self):
