@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import pickle
 
 import compare
 import pytest
 import torch
 import transformers
 import zoo
+from attention_behaviour import Behaviour
 from interpreter import needs_triton, passes_in_the_interpreter
-from torch import nn
 
 from moepatch import kinds
 from moepatch.layers import attention_block_backends, norm_backends  # noqa: F401  (they register)
@@ -89,34 +87,26 @@ def patch(model, backend="reference"):
     return journal
 
 
-def step(name, model):
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(0)
-    out = model(**inputs(name, model))
-    zoo.loss(out).backward()
-    return {"logits": out.logits.detach()} | {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+def patched(model):
+    return [m for m in model.modules() if isinstance(m, PatchedAttentionBlock)]
+
+
+BEHAVIOUR = Behaviour(build, inputs, patch, patched)
+step = BEHAVIOUR.step
 
 
 @pytest.mark.parametrize("name", [*READINGS, *DENSE])
 def test_a_patched_model_computes_the_same(name):
     if name in zoo.FAMILIES and (reason := zoo.available(name)) is not None:
         pytest.skip(reason)
-    model = build(name)
-    model.set_attn_implementation("eager")
-    before = step(name, model)
-    keys, parameters = list(model.state_dict()), dict(model.named_parameters())
-    journal = patch(model)
-    patched = [m for m in model.modules() if isinstance(m, PatchedAttentionBlock)]
-    assert patched and all("Attention" not in type(m).__name__ or m in patched for m in model.modules() if "q_proj" in m._modules)
-    if name in READINGS:
-        assert patched[0]._moepatch.spec.describe().endswith("×16, " + READINGS[name])
-    after = step(name, model)
-    assert before.keys() == after.keys()
-    assert not {key: e for key in before if (e := compare.error(after[key], before[key])) > 1e-5}
-    assert list(model.state_dict()) == keys and all(p is parameters[key] for key, p in model.named_parameters())
-    journal.undo()
-    assert not any(isinstance(m, PatchedAttentionBlock) for m in model.modules())
-    assert all(torch.equal(value, before[key]) for key, value in step(name, model).items())
+
+    def look(model):
+        found = patched(model)
+        assert found and all("Attention" not in type(m).__name__ or m in found for m in model.modules() if "q_proj" in m._modules)
+        if name in READINGS:
+            assert found[0]._moepatch.spec.describe().endswith("×16, " + READINGS[name])
+
+    BEHAVIOUR.computes_the_same(name, look)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "dbrx", "zaya", "gemma4"])
@@ -153,97 +143,32 @@ def test_a_scale_model_is_as_good_as_the_module():
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "cohere2_moe", "llama"])
 def test_generate_with_a_cache(name):
-    model = build(name).eval()
-    ids = torch.randint(3, zoo.VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-
-    def made():
-        return model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
-
-    before = made()
-    patch(model)
-    assert torch.equal(made(), before)
+    BEHAVIOUR.generates_with_a_cache(name)
 
 
 def test_gradient_checkpointing():
-    model = zoo.build("qwen3_moe")
-    patch(model)
-    before = step("qwen3_moe", model)
-    model.gradient_checkpointing_enable()
-    assert all(torch.equal(value, before[key]) for key, value in step("qwen3_moe", model).items())
+    BEHAVIOUR.checkpoints("qwen3_moe")
 
 
 def test_dropout_and_weights_are_those_of_the_family():
-    model = zoo.build("qwen3_moe")
-    model.set_attn_implementation("eager")
-    for module in model.modules():
-        if "attention_dropout" in vars(module):
-            module.attention_dropout = 0.5
-    given = inputs("qwen3_moe", model)
-
-    def run():
-        torch.manual_seed(3)
-        out = model(**given, output_attentions=True)
-        return [out.logits, *out.attentions]
-
-    before = run()
-    patch(model)
-    assert all(compare.error(a, b) < 1e-5 for a, b in zip(run(), before, strict=True))
+    BEHAVIOUR.drops_out_and_returns_weights("qwen3_moe")
 
 
 def test_lora_put_on_later_takes_part():
-    peft = pytest.importorskip("peft")
-    model = zoo.build("qwen3_moe")
-    patch(model)
-    before = step("qwen3_moe", model)["logits"]
-    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=4))
-    factors = {key: p for key, p in tuned.named_parameters() if "lora_B" in key and "q_proj" in key}
-    assert factors
-    assert compare.error(step("qwen3_moe", tuned)["logits"], before) < 1e-5
-    for p in factors.values():
-        nn.init.normal_(p, std=0.5)
-    assert compare.error(step("qwen3_moe", tuned)["logits"], before) > 1e-3
-    assert all(p.grad.norm() > 0 for p in factors.values())
+    BEHAVIOUR.takes_lora_later("qwen3_moe", ["q_proj", "o_proj"])
 
 
 @pytest.mark.parametrize("child", ["v_proj", "q_norm", "o_proj"])
 def test_hooks_on_children_take_part(child):
-    model = zoo.build("qwen3_moe")
-    plain = step("qwen3_moe", model)["logits"]
-    handles = [m.register_forward_hook(lambda m, args, out: out * 1.5) for n, m in model.named_modules() if n.endswith(child)]
-    before = step("qwen3_moe", model)
-    patch(model)
-    assert compare.error(before["logits"], plain) > 1e-3
-    assert all(compare.error(value, before[key]) < 1e-5 for key, value in step("qwen3_moe", model).items())
-    for handle in handles:
-        handle.remove()
-    assert compare.error(step("qwen3_moe", model)["logits"], plain) < 1e-5
+    BEHAVIOUR.calls_hooks("qwen3_moe", child)
 
 
 def test_copies_and_pickles():
-    model = zoo.build("gpt_oss")
-    patch(model)
-    before = step("gpt_oss", model)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert any(isinstance(m, PatchedAttentionBlock) for m in twin.modules())
-        assert all(torch.equal(value, before[key]) for key, value in step("gpt_oss", twin).items())
+    BEHAVIOUR.copies_and_pickles("gpt_oss")
 
 
 def test_autocast_computes_in_its_dtype():
-    model = zoo.build("qwen3_moe")
-    given = inputs("qwen3_moe", model)
-    truth = model(**given).logits
-    with torch.autocast("cpu", torch.bfloat16):
-        theirs = model(**given).logits
-        patch(model)
-        seen = []
-        model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
-        out = model(**given)
-    out.loss.backward()
-    assert seen == [torch.bfloat16]
-    assert compare.error(out.logits, truth) <= 1.5 * compare.error(theirs, truth)
-    assert all(p.grad is not None and p.grad.dtype is torch.float32 for n, p in model.named_parameters() if "self_attn" in n)
+    BEHAVIOUR.follows_autocast("qwen3_moe")
 
 
 def test_positional_arguments_and_modules_without_rotation():

@@ -167,7 +167,7 @@ def test_the_next_process_does_not_compile(tmp_path):
 # ------------------------------------------------------------------------------------------------------------------ time
 
 
-def wall(run, rounds=30):
+def wall(run, rounds=30, until_done=True):
     """Milliseconds from call to call."""
     for _ in range(6):
         run()
@@ -175,21 +175,16 @@ def wall(run, rounds=30):
     start = time.perf_counter()
     for _ in range(rounds):
         run()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1000 / rounds
-
-
-def host(run, rounds=30):
-    """Milliseconds until the calls return, on work so small that the device never holds them up."""
-    for _ in range(6):
-        run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(rounds):
-        run()
+    if until_done:
+        torch.cuda.synchronize()
     spent = (time.perf_counter() - start) * 1000 / rounds
     torch.cuda.synchronize()
     return spent
+
+
+def host(run):
+    """Milliseconds until the calls return, on work so small that the device never holds them up."""
+    return wall(run, until_done=False)
 
 
 def launches(run, rounds=5):

@@ -6,6 +6,7 @@ import compare
 import pytest
 import torch
 import transformers
+from test_gpu_attention_block import milliseconds
 from test_latent import SPECS, apart, check_heads, check_selective_checkpointing, check_tables, heads_and_grads, operands, patch
 
 from moepatch.layers.attention import NAMES, register
@@ -125,18 +126,6 @@ def test_modules_in_bf16(name, attention):
     assert not {
         key: (e, own) for key, value in truth.items() if (e := compare.error(ours[key], value)) > max(1.5 * (own := compare.error(theirs[key], value)), 1e-5)
     }
-
-
-def milliseconds(function, rounds=30):
-    for _ in range(5):
-        function()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(rounds):
-        function()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / rounds
 
 
 @pytest.mark.timing

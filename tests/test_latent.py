@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from functools import partial
 
 import compare
@@ -11,6 +9,7 @@ import pytest
 import torch
 import transformers
 import zoo
+from attention_behaviour import Behaviour
 from interpreter import needs_triton, passes_in_the_interpreter
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -88,32 +87,20 @@ def patched(model):
     return [m for m in model.modules() if isinstance(m, PatchedLatent)]
 
 
-def step(name, model):
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(0)
-    out = model(**inputs(name, model))
-    zoo.loss(out).backward()
-    return {"logits": out.logits.detach()} | {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+BEHAVIOUR = Behaviour(build, inputs, patch, patched)
+step = BEHAVIOUR.step
 
 
 @pytest.mark.parametrize("name", READINGS)
 def test_a_patched_model_computes_the_same(name):
     if (reason := available(name)) is not None:
         pytest.skip(reason)
-    model = build(name)
-    model.set_attn_implementation("eager")
-    before = step(name, model)
-    keys, parameters = list(model.state_dict()), dict(model.named_parameters())
-    journal = patch(model)
-    words, count = READINGS[name]
-    assert len(patched(model)) == count and patched(model)[0]._moepatch.spec.describe().endswith(f"latent 16, {words}")
-    after = step(name, model)
-    assert before.keys() == after.keys()
-    assert not {key: e for key in before if (e := compare.error(after[key], before[key])) > 1e-5}
-    assert list(model.state_dict()) == keys and all(p is parameters[key] for key, p in model.named_parameters())
-    journal.undo()
-    assert not patched(model)
-    assert all(torch.equal(value, before[key]) for key, value in step(name, model).items())
+
+    def look(model):
+        words, count = READINGS[name]
+        assert len(patched(model)) == count and patched(model)[0]._moepatch.spec.describe().endswith(f"latent 16, {words}")
+
+    BEHAVIOUR.computes_the_same(name, look)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa", "hy_v4", "axk2", "mistral4", "qwen3_moe"])
@@ -142,17 +129,7 @@ def test_optimize_takes_it():
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "longcat_flash", "kimi_linear", "minicpm3"])
 def test_generate_with_a_cache(name):
-    model = build(name).eval()
-    ids = torch.randint(3, zoo.VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-
-    def made():
-        return model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
-
-    before = made()
-    patch(model)
-    assert torch.equal(made(), before)
+    BEHAVIOUR.generates_with_a_cache(name)
 
 
 def test_a_cache_of_a_training_step_holds_what_it_did():
@@ -168,83 +145,28 @@ def test_a_cache_of_a_training_step_holds_what_it_did():
 
 
 def test_gradient_checkpointing():
-    model = zoo.build("deepseek_v3")
-    patch(model)
-    before = step("deepseek_v3", model)
-    model.gradient_checkpointing_enable()
-    assert all(torch.equal(value, before[key]) for key, value in step("deepseek_v3", model).items())
+    BEHAVIOUR.checkpoints("deepseek_v3")
 
 
 def test_dropout_and_weights_are_those_of_the_family():
-    model = zoo.build("deepseek_v3")
-    model.set_attn_implementation("eager")
-    for module in model.modules():
-        if "attention_dropout" in vars(module):
-            module.attention_dropout = 0.5
-    given = inputs("deepseek_v3", model)
-
-    def run():
-        torch.manual_seed(3)
-        out = model(**given, output_attentions=True)
-        return [out.logits, *out.attentions]
-
-    before = run()
-    patch(model)
-    assert all(compare.error(a, b) < 1e-5 for a, b in zip(run(), before, strict=True))
+    BEHAVIOUR.drops_out_and_returns_weights("deepseek_v3")
 
 
 def test_lora_put_on_later_takes_part():
-    peft = pytest.importorskip("peft")
-    model = zoo.build("deepseek_v3")
-    patch(model)
-    before = step("deepseek_v3", model)["logits"]
-    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_b_proj", "kv_b_proj"], r=4))
-    factors = {key: p for key, p in tuned.named_parameters() if "lora_B" in key}
-    assert factors
-    assert compare.error(step("deepseek_v3", tuned)["logits"], before) < 1e-5
-    for p in factors.values():
-        nn.init.normal_(p, std=0.5)
-    assert compare.error(step("deepseek_v3", tuned)["logits"], before) > 1e-3
-    assert all(p.grad.norm() > 0 for p in factors.values())
+    BEHAVIOUR.takes_lora_later("deepseek_v3", ["q_b_proj", "kv_b_proj"])
 
 
 @pytest.mark.parametrize("child", ["q_b_proj", "kv_a_layernorm", "kv_b_proj", "o_proj"])
 def test_hooks_on_children_take_part(child):
-    model = zoo.build("deepseek_v3")
-    plain = step("deepseek_v3", model)["logits"]
-    handles = [m.register_forward_hook(lambda m, args, out: out * 1.5) for n, m in model.named_modules() if n.endswith(child)]
-    before = step("deepseek_v3", model)
-    patch(model)
-    assert compare.error(before["logits"], plain) > 1e-3
-    assert all(compare.error(value, before[key]) < 1e-5 for key, value in step("deepseek_v3", model).items())
-    for handle in handles:
-        handle.remove()
-    assert compare.error(step("deepseek_v3", model)["logits"], plain) < 1e-5
+    BEHAVIOUR.calls_hooks("deepseek_v3", child)
 
 
 def test_copies_and_pickles():
-    model = zoo.build("longcat_flash")
-    patch(model)
-    before = step("longcat_flash", model)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert patched(twin)
-        assert all(torch.equal(value, before[key]) for key, value in step("longcat_flash", twin).items())
+    BEHAVIOUR.copies_and_pickles("longcat_flash")
 
 
 def test_autocast_computes_in_its_dtype():
-    model = zoo.build("deepseek_v3")
-    given = inputs("deepseek_v3", model)
-    truth = model(**given).logits
-    with torch.autocast("cpu", torch.bfloat16):
-        theirs = model(**given).logits
-        patch(model)
-        seen = []
-        model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda m, args, out: seen.append((args[0].dtype, out.dtype)))
-        out = model(**given)
-    out.loss.backward()
-    assert seen == [(torch.bfloat16, torch.bfloat16)]
-    assert compare.error(out.logits, truth) <= 1.5 * compare.error(theirs, truth)
-    assert all(p.grad is not None and p.grad.dtype is torch.float32 for n, p in model.named_parameters() if "self_attn" in n)
+    BEHAVIOUR.follows_autocast("deepseek_v3")
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2"])
