@@ -2,7 +2,8 @@
 
 FSDP2 gathers, reduces and keeps its books once for a unit, so fewer and larger units cost the host less. Its own units of several modules
 trust that all of them run each time, one after the other. A pass that breaks off, or a layer that is called by itself, would leave them
-half-way, and later passes would use old weights. `Together` therefore decides itself where a unit's forward begins and ends.
+half-way, and later passes would use old weights. `Together` therefore decides itself where a unit's forward begins and ends. That takes
+FSDP2's inner functions, as torch 2.11 to 2.13 have them.
 """
 
 from __future__ import annotations
