@@ -13,7 +13,8 @@ direction comes twice in a row (layers that overlap), a barrier of its own.
 
 **How many tokens.** N is a shape, so hosts have to know every rank's T, and T may differ from rank to rank and from call to call. Hosts
 tell each other through a page of shared memory, once for the layers of a forward pass where these have had the same tokens before (`chain`),
-else in each dispatch: a host may wait there for another host to come as far, never for a device. From the same numbers all ranks come to the same decision when buffers have to grow; only then they synchronise.
+else in each dispatch: a host may wait there for another host to come as far, never for a device. From the same numbers all ranks come to the
+same decision when buffers have to grow; only then they synchronise.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ class FullyShard:
             parameters = module._parameters.items()
             self.held += [Held(module, name, p) for name, p in parameters if p is not None and p not in self.ignored and id(p) not in inner]
         before = [(module, type(module), set(vars(module))) for module in everything]
-        fully_shard(self.modules if len(self.modules) > 1 else self.modules[0], mesh=self.mesh, ignored_params=self.ignored, reshard_after_forward=self.reshard_after_forward)
+        unit = self.modules if len(self.modules) > 1 else self.modules[0]
+        fully_shard(unit, mesh=self.mesh, ignored_params=self.ignored, reshard_after_forward=self.reshard_after_forward)
         self.changed = [(module, cls, set(vars(module)) - attributes) for module, cls, attributes in before]
 
     def commit(self) -> None:

@@ -40,12 +40,6 @@ def _why_not_installed() -> str | None:
     return None
 
 
-def _reach(how: How) -> tuple[int | None, int | None]:
-    """The window as the library wants it."""
-    left, right = how.window
-    return None if left < 0 else left, None if right < 0 or left < 0 else right
-
-
 class _FlashAttention4:
     """FlashAttention 4 on ``[B, S, H, D]``.
 
@@ -57,10 +51,10 @@ class _FlashAttention4:
     own_sinks = True
 
     def forward(self, q, k, v, how):
-        return *_library()._flash_attn_fwd(q, k, v, **_options(how), return_lse=True)[:2], ()
+        return *_library()._flash_attn_fwd(q, k, v, **_inner_options(how), return_lse=True)[:2], ()
 
     def backward(self, grad, q, k, v, out, lse, rest, how):
-        return _library()._flash_attn_bwd(q, k, v, out, grad, lse, **_options(how))
+        return _library()._flash_attn_bwd(q, k, v, out, grad, lse, **_inner_options(how))
 
     def by_head(self, out):
         return out.transpose(1, 2)
@@ -70,15 +64,19 @@ class _FlashAttention4:
 
 
 def _options(how: How) -> dict:
+    """What all functions of the library are told in the same words."""
+    return {"softmax_scale": how.scale, "causal": how.window[1] == 0, "learnable_sink": how.sinks, "softcap": how.softcap or 0.0}
+
+
+def _reach(how: How) -> tuple[int | None, int | None]:
+    """The window as the library wants it."""
+    left, right = how.window
+    return None if left < 0 else left, None if right < 0 or left < 0 else right
+
+
+def _inner_options(how: How) -> dict:
     left, right = _reach(how)
-    return {
-        "softmax_scale": how.scale,
-        "causal": how.window[1] == 0,
-        "window_size_left": left,
-        "window_size_right": right,
-        "learnable_sink": how.sinks,
-        "softcap": how.softcap or 0.0,
-    }
+    return {**_options(how), "window_size_left": left, "window_size_right": right}
 
 
 @functools.cache
@@ -93,13 +91,7 @@ def _raw() -> Raw | None:
 
 def run_fa4(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     """See `Kernel.run`. The first call of a form compiles for some seconds."""
-    options = {
-        "softmax_scale": how.scale,
-        "causal": how.window[1] == 0,
-        "window_size": _reach(how),
-        "learnable_sink": how.sinks,
-        "softcap": how.softcap or 0.0,
-    }
+    options = {**_options(how), "window_size": _reach(how)}
     if how.cu_seqlens is None:
         return _library().flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)[0]
     lengths = {"cu_seqlens_q": how.cu_seqlens, "cu_seqlens_k": how.cu_seqlens, "max_seqlen_q": how.max_len, "max_seqlen_k": how.max_len}
