@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from layer_timing import Ceilings
 
+from moepatch.layers.attention.spec import AttentionSpec
+
 #: Backward of a matrix product costs two of them; of attention, which computes its scores anew, two and a half.
 _LINEAR, _ATTENTION = 3, 3.5
 
@@ -26,10 +28,14 @@ def floor_ms(kind: str, spec, params: int, tokens: int, element: int, machine: C
         return passes * tokens * (width or 2048) * element / machine.copy
     if kind == "attention_function":
         return sum(attention_flops(form, tokens) for form, _ in spec.forms) * _ATTENTION / machine.flops
+    if kind in ("attention_block", "latent"):
+        heads = spec.heads
+        causal = AttentionSpec(heads=heads.heads, kv_heads=heads.heads, head_dim=heads.head_dim, v_head_dim=heads.value_dim)
+        return linear + attention_flops(causal, tokens) * _ATTENTION / machine.flops
     return linear
 
 
-def attention_flops(form, tokens: int) -> float:
+def attention_flops(form: AttentionSpec, tokens: int) -> float:
     """FLOPs of one forward."""
     seen = tokens / 2 if form.causal else tokens
     if form.window is not None and form.window < tokens:

@@ -95,7 +95,7 @@ def sinks(tokens: int, repeats: int, device: torch.device, machine: Ceilings) ->
             if backend.name == "reference" or backend.why_not(use, torch.bfloat16, device) is not None:
                 continue
             calls = AttentionCalls(use, backend.name)
-            call = attention_call(use, torch.bfloat16, device, torch.Generator().manual_seed(0), tokens).mapped(lambda t: t.requires_grad_())
+            call = attention_call(use, torch.bfloat16, device, torch.Generator().manual_seed(0), tokens).trainable()
             g = torch.randn_like(calls(*call.args)[0])
             both = timed(lambda i, c=calls, a=call, g=g: gradients(c(*a.args), a.leaves(), [g]), repeats, device)
             flops = 3.5 * attention_flops(form, tokens)
@@ -112,7 +112,7 @@ def loss(tokens: int, hidden: int, vocab: int, device: torch.device, machine: Ce
     spec = LossSpec(hidden=hidden, vocab=vocab, bias=False)
     dtype = torch.bfloat16
     head = torch.nn.Linear(hidden, vocab, bias=False, device=device, dtype=dtype)
-    call = LOSS.bench(spec, dtype, device, torch.Generator().manual_seed(0), tokens).mapped(lambda t: t.requires_grad_())
+    call = LOSS.bench(spec, dtype, device, torch.Generator().manual_seed(0), tokens).trainable()
     results = (call.args[0].numel() + head.weight.numel()) * head.weight.element_size() / 2**20
     least = 3 * 2 * tokens * hidden * vocab / machine.flops
     for backend in backends("loss"):

@@ -12,6 +12,7 @@ the bytes at the rate of a large GEMM or a large copy, both measured at the star
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import time
@@ -32,7 +33,9 @@ from torch.utils._pytree import tree_flatten
 import moepatch
 from moepatch import trial
 from moepatch.kinds import KINDS
-from moepatch.plan import Pattern
+from moepatch.layers.attention import NAMES
+from moepatch.layers.attention.kind import SetImplementation
+from moepatch.plan import Pattern, Plan
 from moepatch.replica import replica
 
 #: So many layers show every kind of module that a model has.
@@ -82,18 +85,30 @@ def layers(name: str, kinds: list[str] | None, tokens: int, repeats: int, device
             continue
         matrices = sum(p.numel() for p in model.get_submodule(pattern.site.fqn).parameters() if p.ndim > 1) if kind.stand_in is None else 0
         least = floor_ms(kind.name, pattern.site.spec, matrices, tokens, 2, machine)
+        attention = _attention_function(plan) if kind.name in ("attention_block", "latent") else None
         for backend in [None, *(c.backend for c in pattern.choices if c.why_not is None and c.backend != "reference")]:
             yield {"part": "layer", "model": name, "layer": pattern.name, "spec": pattern.site.spec.describe(), "tokens": tokens} | _stack(
-                model, pattern, backend, tokens, repeats, device, least
+                model, pattern, backend, attention, tokens, repeats, device, least
             )
 
 
-def _stack(model: nn.Module, pattern: Pattern, backend: str | None, tokens: int, repeats: int, device: torch.device, least: float) -> dict:
+def _attention_function(plan: Plan) -> str | None:
+    """The backend that the plan has for what attention modules call in their middle."""
+    return next((pattern.backend for pattern in plan.patterns if pattern.site.kind == "attention_function"), None)
+
+
+def _stack(
+    model: nn.Module, pattern: Pattern, backend: str | None, attention: str | None, tokens: int, repeats: int, device: torch.device, least: float
+) -> dict:
+    """A row. An attention module that is patched calls the backend `attention`, the family's own what the model is configured for."""
     kind, spec = KINDS[pattern.site.kind], pattern.site.spec
-    stack = "transformers" if backend is None else f"moepatch {backend}"
+    stack = "transformers" if backend is None else f"moepatch {backend}" + (f", {attention}" if attention else "")
     try:
-        subject = kind.subject(model.get_submodule(pattern.site.fqn), spec, backend, lambda module: replica(module, {}, _filled(device)))
-        call = kind.bench(spec, torch.bfloat16, device, torch.Generator().manual_seed(0), tokens).mapped(lambda t: t.requires_grad_())
+        subject = kind.at_work(model.get_submodule(pattern.site.fqn), spec, backend, lambda module: replica(module, {}, _filled(device)))
+        if backend is not None and attention is not None:
+            subject.config = copy.copy(subject.config)
+            SetImplementation(subject.config, NAMES[attention]).do()
+        call = kind.bench(spec, torch.bfloat16, device, torch.Generator().manual_seed(0), tokens).trainable()
         forward = kind.call or (trial.eager_forward(subject) if backend is None and kind.stand_in is None else None)
 
         def outputs() -> list[Tensor]:

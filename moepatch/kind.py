@@ -68,3 +68,11 @@ class Kind:
             return self.stand_in(spec, backend or "reference")
         copy = copied(module)
         return copy if backend is None else inject(copy, self.injections(spec, backend, None))
+
+    def at_work(self, module: nn.Module, spec: Any, backend: str | None, copied: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        """As `subject`, with the weights where `relayout` has them after a patch: what is timed."""
+        subject = self.subject(module, spec, backend, copied)
+        if backend is not None and self.stand_in is None:
+            for step in self.relayout(subject, spec):
+                step.do()
+        return subject

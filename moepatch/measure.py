@@ -27,6 +27,8 @@ from .plan import Pattern, Plan
 from .replica import replica, slice_fill
 
 TOKENS = 4096
+#: Of what is timed and how: another number makes what a machine has measured before void.
+METHOD = 2
 #: How much faster than a backend of higher rank another one has to be: clocks are no better than that, and ranks know of host time beside the call.
 MARGIN = 0.05
 _WARM_UP, _ROUNDS, _CALLS = 3, 5, 4
@@ -104,8 +106,8 @@ def _time(model: nn.Module, pattern: Pattern, backend: str) -> float | str:
     site, kind = pattern.site, KINDS[pattern.site.kind]
     device, dtype = torch.device(site.device), getattr(torch, site.dtype)
     try:
-        module = kind.subject(model.get_submodule(site.fqn), site.spec, backend, lambda original: replica(original, {}, slice_fill(dtype)))
-        call = kind.bench(site.spec, dtype, device, torch.Generator().manual_seed(0), TOKENS).mapped(lambda t: t.requires_grad_())
+        module = kind.at_work(model.get_submodule(site.fqn), site.spec, backend, lambda original: replica(original, {}, slice_fill(dtype)))
+        call = kind.bench(site.spec, dtype, device, torch.Generator().manual_seed(0), TOKENS).trainable()
         return round(best_ms(lambda: _step(module, call, kind.call), device), 4)
     except torch.cuda.OutOfMemoryError:
         return "does not fit beside the model"
@@ -140,5 +142,5 @@ def best_ms(run: Callable[[], None], device: torch.device) -> float:
 def _key(pattern: Pattern) -> str:
     site = pattern.site
     device = torch.cuda.get_device_name(torch.device(site.device))
-    facts = (site.kind, site.spec.describe(), site.spec.to_dict(), site.dtype, device, torch.__version__, transformers.__version__, _candidates(pattern))
+    facts = (METHOD, site.kind, site.spec.describe(), site.spec.to_dict(), site.dtype, device, torch.__version__, transformers.__version__, _candidates(pattern))
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]

@@ -24,19 +24,33 @@ LOW_PRECISION_FACTOR = 1.5
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a module. Floating tensors anywhere inside them get gradients."""
+    """The arguments of one call of a module. Floating tensors anywhere inside them get gradients.
+
+    Attributes:
+        args, kwargs: the arguments.
+        constants: keyword arguments whose tensors get none, such as the tables of a rotary embedding in a training step.
+    """
 
     args: tuple = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    constants: frozenset[str] = frozenset()
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Call:
         """The call with every floating tensor replaced by a function of it."""
         args, kwargs = tree_map(lambda leaf: function(leaf) if _is_floating(leaf) else leaf, (self.args, dict(self.kwargs)))
-        return Call(args, kwargs)
+        return Call(args, kwargs, self.constants)
 
     def leaves(self) -> list[Tensor]:
-        """The floating tensors, in order."""
-        return [leaf for leaf in tree_flatten((self.args, dict(self.kwargs)))[0] if _is_floating(leaf)]
+        """The floating tensors that get gradients, in order."""
+        varying = {name: value for name, value in self.kwargs.items() if name not in self.constants}
+        return [leaf for leaf in tree_flatten((self.args, varying))[0] if _is_floating(leaf)]
+
+    def trainable(self) -> Call:
+        """The call with copies of the tensors; those of `leaves` record what is computed from them."""
+        fresh = self.mapped(lambda tensor: tensor.detach().clone())
+        for leaf in fresh.leaves():
+            leaf.requires_grad_()
+        return fresh
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,7 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
     Returns:
         Every output and every gradient by name, on the CPU in fp32 or wider. A gradient that autograd leaves out is 0.
     """
-    call = call.mapped(lambda tensor: tensor.detach().clone().requires_grad_())
+    call = call.trainable()
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     with torch.enable_grad(), torch_formulas():
         outputs = module.forward(*call.args, **call.kwargs) if forward is None else forward(module, *call.args, **call.kwargs)

@@ -457,7 +457,7 @@ def test_the_stand_in_tries_every_form():
     forms = [spec, AttentionSpec(heads=4, kv_heads=2, head_dim=16, v_head_dim=16, window=128, sinks=True)]
     forms.append(AttentionSpec(heads=4, kv_heads=4, head_dim=16, v_head_dim=16, causal=False, softcap=2.0))
     use = AttentionUse(tuple((form, 1) for form in forms))
-    call = trial(use, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0)).mapped(lambda t: t.requires_grad_())
+    call = trial(use, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0)).trainable()
     ours, theirs = (AttentionCalls(use, backend)(*call.args) for backend in ("torch", "reference"))
     assert len(ours) == 3
     for a, b in zip(ours, theirs, strict=True):

@@ -208,8 +208,9 @@ def test_speed():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("quack") is None, reason="QuACK is not installed")
-def test_quack_by_the_three_way_rule():
-    tokens, hidden, vocab = 1024, 256, 32000
+@pytest.mark.parametrize(("tokens", "hidden"), [(1024, 256), (1024, 1024), (5120, 1024)], ids=["wide", "square", "square at the end"])
+def test_quack_by_the_three_way_rule(tokens, hidden):
+    vocab = 32000
     x, w, _, labels = problem(tokens, hidden, vocab)
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
     for mean in (True, False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from dataclasses import replace
 
@@ -104,7 +103,3 @@ def test_measured_times_stay_on_one_line_where_there_is_room(qwen3, monkeypatch)
 )
 def test_collapsed_names(fqns, short):
     assert words.collapse(fqns) == short
-
-
-def test_doctests_of_the_words():
-    assert doctest.testmod(words).failed == 0

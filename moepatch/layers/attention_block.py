@@ -271,7 +271,7 @@ def _trial(spec: AttentionBlockSpec, dtype: torch.dtype, device: torch.device, g
 
 
 def _bench(spec: AttentionBlockSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int) -> Call:
-    return _call(spec, dtype, device, generator, batch=1, sequence=tokens)
+    return replace(_call(spec, dtype, device, generator, batch=1, sequence=tokens), constants=frozenset({"position_embeddings"}))
 
 
 def _beside_each_other(module: nn.Module, spec: AttentionBlockSpec) -> Sequence[Step]:
