@@ -9,7 +9,7 @@ import compare
 import pytest
 import torch
 import zoo
-from test_router import FORMS, chosen, given, spec
+from test_router import FORMS, check_wide_step, chosen, given, spec
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -51,6 +51,20 @@ def test_kernels_three_ways(form, tokens, experts, top_k):
             limit = max(1.5 * compare.error(theirs[key][alike].float(), truth[key][alike]), 1e-5)
             assert compare.error(ours[key][alike].float(), truth[key][alike].float()) <= limit, key
             assert compare.error(exact[key][alike], truth[key][alike]) <= 1e-5, key
+
+
+@pytest.mark.parametrize("reads", [("weights", "logits"), ("weights",), ("logits",)], ids="+".join)
+@pytest.mark.parametrize(("experts", "top_k", "hidden", "form"), [(256, 8, 7168, "sigmoid, corrected, groups"), (128, 6, 2688, "sigmoid, corrected")], ids=str)
+def test_an_fp32_linear_in_bf16_gemms(experts, top_k, hidden, form, reads):
+    check_wide_step(257, experts, top_k, hidden, form, reads, device="cuda")
+
+
+def test_no_fp32_copy_of_the_tokens_is_kept():
+    made = spec(128, 8, 4096, **FORMS["sigmoid, corrected"], linear="float")
+    x, weight = torch.randn(4096, 4096, device="cuda").bfloat16().requires_grad_(), torch.randn(128, 4096, device="cuda").bfloat16().requires_grad_()
+    before = torch.cuda.memory_allocated()
+    results = kernels.router(x, weight, None, torch.zeros(128, device="cuda"), made)
+    assert results[0].dtype == torch.float32 and torch.cuda.memory_allocated() - before < 4 * 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -81,6 +81,36 @@ def chosen(function, made, logits, correction, dlogits, dweights):
     return {"weights": dense.detach(), "grad": grad, "ids": ids, "sorted": weights.detach()}
 
 
+def wide_step(function, tokens, experts, top_k, hidden, form, reads=("weights", "logits"), dtype=torch.bfloat16, device="cpu"):
+    """A step of a router whose linear is computed in fp32, from bf16 numbers held in `dtype`: ids, logits, weights, gradients by name.
+
+    Args:
+        reads: what the loss reads.
+    """
+    generator = torch.Generator().manual_seed(2)
+    made = spec(experts, top_k, hidden, **FORMS[form], linear="float" if dtype == torch.bfloat16 else "own")
+    x, weight = (torch.randn(n, hidden, generator=generator).mul(scale).bfloat16().to(device, dtype).requires_grad_() for n, scale in ((tokens, 1), (experts, 0.3)))
+    correction = (torch.randn(experts, generator=generator) * 0.1).to(device) if made.correction else None
+    dweights, dlogits = (torch.randn(tokens, experts, generator=generator).to(device) for _ in range(2))
+    logits, weights, ids = function(x, weight, None, correction, made)
+    dense = torch.zeros(logits.shape, dtype=weights.dtype, device=device).scatter(-1, ids, weights)
+    loss = sum({"weights": (dense * dweights).sum(), "logits": (logits * dlogits).sum()}[name] for name in reads)
+    dx, dweight = torch.autograd.grad(loss, (x, weight))
+    return {"ids": ids, "logits": logits.detach(), "weights": dense.detach(), "dx": dx, "dweight": dweight}
+
+
+def check_wide_step(tokens, experts, top_k, hidden, form, reads=("weights", "logits"), device="cpu"):
+    """Ours and the family's fp32 linear against float64: fp32 results to 1e-6, gradients, which are rounded to bf16, as closely as the family's."""
+    truth = wide_step(reference_router, tokens, experts, top_k, hidden, form, reads, torch.float64, device)
+    theirs, ours = (wide_step(f, tokens, experts, top_k, hidden, form, reads, device=device) for f in (reference_router, kernels.router))
+    assert torch.equal(ours["ids"].sort(-1)[0], truth["ids"].sort(-1)[0])
+    assert ours["logits"].dtype == torch.float32 and compare.error(ours["logits"].double(), truth["logits"]) < 2e-6
+    assert compare.error(ours["weights"].double(), truth["weights"].double()) < 2e-6
+    for key in ("dx", "dweight"):
+        assert ours[key].dtype == torch.bfloat16
+        assert compare.error(ours[key].double(), truth[key]) <= 1.02 * compare.error(theirs[key].double(), truth[key]), key
+
+
 # --- matching ------------------------------------------------------------------------------------------------------------------------
 
 #: What the routers of families are: score, sum 1, corrected, groups, linear, result.
@@ -318,12 +348,16 @@ def check_kernels():
                 done += 1
     check_ties_and_extremes()
     check_module()
+    for form in ("sigmoid, corrected", "sigmoid, corrected, groups", "softmax"):
+        for reads in (("weights", "logits"), ("weights",), ("logits",)):
+            check_wide_step(37, 16, 3, 32, form, reads)
+            done += 1
     print(f"{done} cases agree")
 
 
 @needs_triton
 def test_kernels_in_tritons_interpreter():
-    passes_in_the_interpreter(__file__, "58 cases agree")
+    passes_in_the_interpreter(__file__, "67 cases agree")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Routers in Triton: torch's linear, then one kernel that scores, chooses and weighs; backward one kernel before the linear's GEMMs.
 
+Where a family computes the linear in fp32 from tokens and weights in bf16, which takes fp32 GEMMs and fp32 copies of the tokens, the same
+products come from bf16 GEMMs that add up in fp32: see `_WideRouter`.
+
 Scores are computed in fp32 from the logits as the linear rounded them, so with the same logits the choice is the family's. Among equal
 scores the lowest expert comes first; torch.topk leaves that open. The truth is `moepatch.layers.router.reference_router`.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..layers.router import GROUP_SCORES, SCORES, Routing, RouterSpec, logits_of, reference_choice, result_dtype
@@ -37,24 +40,31 @@ def too_large(spec: RouterSpec) -> str | None:
 
 def router(x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, spec: RouterSpec) -> Routing:
     """Arguments and result as for `reference_router`, which does after the linear what the kernels cannot."""
+    if spec.linear == "float" and bias is None and _exact_in_parts(x, weight) and _serves(x, correction):
+        x = x.reshape(-1, x.shape[-1])
+        return _WideRouter.apply(x, weight, correction, spec, x.dtype if spec.result == "input" else torch.float32)
     logits = logits_of(x, weight, bias, spec)
     dtype = result_dtype(x, logits, spec)
-    if not _serves(logits, dtype, correction):
+    if not (_serves(logits, correction) and dtype in _DTYPES):
         return logits, *reference_choice(logits, correction, spec, dtype)
     return _Router.apply(logits, correction, spec, dtype)
 
 
-def _serves(logits: Tensor, dtype: torch.dtype, correction: Tensor | None) -> bool:
-    """Whether the kernels can take these logits; the device may have changed since the patch."""
+def _serves(x: Tensor, correction: Tensor | None) -> bool:
+    """Whether the kernels can take these tokens or logits; the device may have changed since the patch."""
     return (
         not torch.compiler.is_compiling()
-        and (logits.is_cuda or _interpreted())
-        and type(logits) is Tensor
-        and logits.dtype in _DTYPES
-        and dtype in _DTYPES
-        and logits.numel() > 0
-        and (correction is None or correction.device == logits.device)
+        and (x.is_cuda or _interpreted())
+        and type(x) is Tensor
+        and x.dtype in _DTYPES
+        and x.numel() > 0
+        and (correction is None or correction.device == x.device)
     )
+
+
+def _exact_in_parts(x: Tensor, weight: Tensor) -> bool:
+    """Whether the products of an fp32 linear are those of a bf16 GEMM: fp32 holds the product of two bf16 numbers as it is."""
+    return x.dtype == weight.dtype == torch.bfloat16 and type(weight) in (Tensor, nn.Parameter)
 
 
 @functools.cache
@@ -68,11 +78,7 @@ class _Router(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, correction, spec, dtype):
         logits = logits.contiguous()
-        tokens = logits.shape[0]
-        weights = torch.empty((tokens, spec.top_k), dtype=dtype, device=logits.device)
-        ids = torch.empty((tokens, spec.top_k), dtype=torch.int64, device=logits.device)
-        rows, kernel = _prepared_choice(spec, logits.dtype)
-        kernel((-(-tokens // rows),), logits, correction, weights, ids, tokens)
+        weights, ids = _choice(logits, correction, spec, dtype)
         ctx.spec = spec
         ctx.save_for_backward(logits, ids)
         ctx.mark_non_differentiable(ids)
@@ -84,15 +90,71 @@ class _Router(torch.autograd.Function):
     def backward(ctx, dlogits, dweights, _):
         if dweights is None:
             return dlogits, None, None, None
-        logits, ids = ctx.saved_tensors
-        total = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        rows, kernel = _prepared_gradient(ctx.spec, dlogits is not None)
-        dlogits = None if dlogits is None else dlogits.contiguous()
-        kernel((-(-logits.shape[0] // rows),), logits, ids, dweights.contiguous(), dlogits, total, logits.shape[0])
-        return total, None, None, None
+        return _gradient(*ctx.saved_tensors, dweights, dlogits, ctx.spec), None, None, None
+
+
+class _WideRouter(torch.autograd.Function):
+    """The linear too: tokens ``[T, H]`` and weight ``[E, H]`` in bf16, logits as an fp32 linear computes them.
+
+    The gradient of the logits, in fp32, becomes two bf16 numbers whose sum has 16 of its 24 bits; what is computed from it is rounded to 8.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, correction, spec, dtype):
+        logits = _product(x, weight.t())
+        weights, ids = _choice(logits, correction, spec, dtype)
+        ctx.spec = spec
+        ctx.save_for_backward(x, weight, logits, ids)
+        ctx.mark_non_differentiable(ids)
+        ctx.set_materialize_grads(False)
+        return logits, weights, ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogits, dweights, _):
+        x, weight, logits, ids = ctx.saved_tensors
+        if dweights is not None:
+            parts = _gradient(logits, ids, dweights, dlogits, ctx.spec, in_parts=True)
+        elif dlogits is not None:
+            high = dlogits.to(torch.bfloat16)
+            parts = torch.cat((high, (dlogits - high).to(torch.bfloat16)), 1)
+        else:
+            return None, None, None, None, None
+        dx = parts @ torch.cat((weight, weight)) if ctx.needs_input_grad[0] else None
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            both = _product(parts.t(), x)
+            dweight = torch.add(*both.chunk(2), out=torch.empty_like(weight))
+        return dx, dweight, None, None, None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of bf16 matrices, added up and returned in fp32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 # --- launches ------------------------------------------------------------------------------------------------------------------------
+
+
+def _choice(logits: Tensor, correction: Tensor | None, spec: RouterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights ``[T, K]`` in `dtype` and ids ``[T, K]`` from logits ``[T, E]`` in one piece."""
+    tokens = logits.shape[0]
+    weights = torch.empty((tokens, spec.top_k), dtype=dtype, device=logits.device)
+    ids = torch.empty((tokens, spec.top_k), dtype=torch.int64, device=logits.device)
+    rows, kernel = _prepared_choice(spec, logits.dtype)
+    kernel((-(-tokens // rows),), logits, correction, weights, ids, tokens)
+    return weights, ids
+
+
+def _gradient(logits: Tensor, ids: Tensor, dweights: Tensor, dlogits: Tensor | None, spec: RouterSpec, in_parts: bool = False) -> Tensor:
+    """The gradient of the logits ``[T, E]``; `in_parts`: two bf16 numbers for each, ``[T, 2E]``, the larger ones first."""
+    tokens, experts = logits.shape
+    shape, dtype = ((tokens, 2 * experts), torch.bfloat16) if in_parts else (logits.shape, logits.dtype)
+    total = torch.empty(shape, dtype=dtype, device=logits.device)
+    rows, kernel = _prepared_gradient(spec, dlogits is not None, in_parts)
+    dlogits = None if dlogits is None else dlogits.contiguous()
+    kernel((-(-tokens // rows),), logits, ids, dweights.contiguous(), dlogits, total, tokens)
+    return total
 
 
 def _constants(spec: RouterSpec, plain: bool) -> dict:
@@ -134,7 +196,7 @@ def _prepared_choice(spec: RouterSpec, dtype: torch.dtype) -> tuple[int, Prepare
 
 
 @functools.lru_cache(maxsize=256)
-def _prepared_gradient(spec: RouterSpec, added: bool) -> tuple[int, Prepared]:
+def _prepared_gradient(spec: RouterSpec, added: bool, in_parts: bool) -> tuple[int, Prepared]:
     """Tokens of a program, and the kernel."""
     constants = _constants(spec, True)
-    return constants["ROWS"], Prepared(gradient_kernel, **constants, ADD=added)
+    return constants["ROWS"], Prepared(gradient_kernel, **constants, ADD=added, PARTS=in_parts)

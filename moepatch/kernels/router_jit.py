@@ -111,9 +111,12 @@ def choice_kernel(
 def gradient_kernel(
     logits, ids, dweights, dlogits, total, tokens,
     E: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SCORE: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,
-    SCALE: tl.constexpr, ADD: tl.constexpr,
+    SCALE: tl.constexpr, ADD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The whole gradient of the logits: through the weights, and with ``ADD`` what a loss says about the logits themselves."""
+    """The whole gradient of the logits: through the weights, and with ``ADD`` what a loss says about the logits themselves.
+
+    With ``PARTS`` a row is twice as wide: the gradients rounded, and what the rounding took away.
+    """
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     row = token[:, None]
     col = tl.arange(0, BLOCK)[None, :]
@@ -146,4 +149,9 @@ def gradient_kernel(
         out = grad * part
     if ADD:
         out += other.to(tl.float32)
-    tl.store(total + row * E + col, out.to(total.dtype.element_ty), mask=inside)
+    if PARTS:
+        high = out.to(total.dtype.element_ty)
+        tl.store(total + row * (2 * E) + col, high, mask=inside)
+        tl.store(total + row * (2 * E) + E + col, (out - high.to(tl.float32)).to(total.dtype.element_ty), mask=inside)
+    else:
+        tl.store(total + row * E + col, out.to(total.dtype.element_ty), mask=inside)
