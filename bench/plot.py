@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from step_profile import CATEGORIES
 
 _GREY, _INK = "#8a8f98", "#22252b"
+#: A bar's width, and the least width of a group, which has to hold its label, in places of a bar.
+_BAR, _NARROWEST = 0.92, 2.4
 #: moepatch in one colour, the others in greys and muted tones.
 _COLOURS = {
     "transformers": "#b9bec7",
@@ -62,25 +64,39 @@ def comparison(rows: list[dict], path: str) -> None:
     stacks = [name for name in dict.fromkeys([*_COLOURS, *(row["stack"] for row in measured)]) if any(row["stack"] == name for row in measured)]
     found = {(_shape(row), row["stack"]): row for row in measured}
     memory = any(row["peak_gib"] for row in measured)
-    figure = Figure(figsize=(max(7.0, 1.2 + 0.66 * len(groups) * (len(stacks) + 0.8)), 7.2 if memory else 4.6), dpi=150, layout="constrained")
+    places, ticks, end = _places(groups, stacks, found)
+    figure = Figure(figsize=(max(7.0, 1.2 + 0.62 * end), 7.2 if memory else 4.6), dpi=150, layout="constrained")
     axes = figure.subplots(2 if memory else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if memory else [1])[:, 0]
-    width = 0.8 / len(stacks)
-    for i, stack in enumerate(stacks):
-        present = [(g, found[group, stack]) for g, group in enumerate(groups) if (group, stack) in found]
-        at = [g + (i - (len(stacks) - 1) / 2) * width for g, _ in present]
-        values = [row["tokens_per_s_per_gpu"] for _, row in present]
-        bars = axes[0].bar(at, values, width * 0.92, label=stack, color=_COLOURS.get(stack, "#777777"))
-        labels = [f"{value:,.0f}{_times(found, groups[g], value)}" for (g, _), value in zip(present, values, strict=True)]
+    for stack in stacks:
+        present = [group for group in groups if (group, stack) in found]
+        at, shown = [places[group, stack] for group in present], [found[group, stack] for group in present]
+        values = [row["tokens_per_s_per_gpu"] for row in shown]
+        bars = axes[0].bar(at, values, _BAR, label=stack, color=_COLOURS.get(stack, "#777777"))
+        labels = [f"{value:,.0f}{_times(found, group, value)}" for group, value in zip(present, values, strict=True)]
         axes[0].bar_label(bars, labels, padding=2, fontsize=8, color=_INK)
         if memory:
-            _memory(axes[1], at, [row for _, row in present], width * 0.92, _COLOURS.get(stack, "#777777"))
+            _memory(axes[1], at, shown, _BAR, _COLOURS.get(stack, "#777777"))
     _dress(axes[0], "tokens per second and GPU")
     if memory:
         _dress(axes[1], "peak memory, GiB\n(hatched: kept by the forward)")
-    axes[-1].set_xticks(range(len(groups)), [_label(group) for group in groups], fontsize=9)
+    axes[-1].set_xticks(ticks, [_label(group, break_="\n") for group in groups], fontsize=8.5)
+    axes[0].yaxis.set_major_formatter("{x:,.0f}")
     axes[0].set_title(_title(measured), loc="left", fontsize=10, color=_INK)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=min(4, len(stacks)), frameon=False, fontsize=9)
     figure.savefig(path)
+
+
+def _places(groups: list[tuple], stacks: list[str], found: dict[tuple, dict]) -> tuple[dict[tuple, float], list[float], float]:
+    """Where the bars of a group and a stack stand, side by side without a gap for stacks that were not measured; each group's middle; the right end."""
+    places, ticks, end = {}, [], 0.0
+    for group in groups:
+        present = [stack for stack in stacks if (group, stack) in found]
+        room = max(len(present), _NARROWEST)
+        for i, stack in enumerate(present):
+            places[group, stack] = end + (room - len(present)) / 2 + i + 0.5
+        ticks.append(end + room / 2)
+        end += room + 0.8
+    return places, ticks, end
 
 
 def waterfalls(rows: list[dict], path: str) -> None:
@@ -135,10 +151,10 @@ def _shape(row: dict) -> tuple:
     return tuple(row[key] for key in ("model", "layers", "batch", "seq", "ranks", "ep", "routing", "checkpointing", "tiny"))
 
 
-def _label(shape: tuple) -> str:
+def _label(shape: tuple, break_: str = " ") -> str:
     model, layers, batch, seq, ranks, ep, routing, recompute, tiny = shape
     where = "1 rank" if ranks == 1 else f"{ranks} ranks, ep={ep}"
-    return f"{'tiny ' if tiny else ''}{model}\n{layers} layers, {batch} × {seq}, {where}\n{routing} routing{', checkpointing' if recompute else ''}"
+    return f"{'tiny ' if tiny else ''}{model}\n{layers} layers, {batch} × {seq},{break_}{where}\n{routing} routing{f',{break_}checkpointing' if recompute else ''}"
 
 
 def _title(rows: list[dict]) -> str:

@@ -45,6 +45,8 @@ def prepare(model: PreTrainedModel, setting: Setting) -> OwnModel:
     options = setting.of("automodel")
     loss_dtype = getattr(torch, options.pop("loss", "bfloat16"))
     backend = BackendConfig(**{"enable_hf_state_dict_adapter": False, **options})
+    if setting.world <= torch.cuda.device_count():
+        _without_nvshmem()
     own = _sharded(_on_meta(cls, config, backend), setting)
     fields = ("attn", "linear", "rms_norm", "experts", "dispatcher", "fake_balanced_gate")
     uses = [f"{name}: {getattr(backend, name)}" for name in fields] + [f"loss: of {loss_dtype} logits"]
@@ -80,6 +82,13 @@ class AutoModel(OwnModel):
         output = self.model(input_ids)
         logits = output if isinstance(output, Tensor) else output.logits
         return Output(next_token_loss(logits.to(self.loss_dtype), labels))
+
+
+def _without_nvshmem() -> None:
+    """On one host DeepEP needs no NVSHMEM. AutoModel takes every DeepEP with Hopper's kernels for one that was built with it, and asks for its sizes."""
+    from nemo_automodel.components.moe.megatron import fused_a2a
+
+    fused_a2a._nvshmem_available = False
 
 
 def _on_meta(cls: type[nn.Module], config: PreTrainedConfig, backend: object) -> nn.Module:
