@@ -10,6 +10,8 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # Threads that spin while they wait make a busy machine several times slower than it has to be.
 export OMP_WAIT_POLICY := passive
+# Tests start many Python processes, and none should have to compile what another has.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest clean
