@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
 
 from . import plan as planning
 from .check import check_model, check_plan
@@ -29,6 +28,7 @@ from .parallel.memory import why_not_whole
 from .plan import Pattern, Plan
 from .regional import compile_layers, layer_graphs
 from .report import Report
+from .scan import outermost_pretrained
 from .surgery import InjectClass, Journal, Patched
 from .verify import Verified
 from .verify import verify as verify_pattern
@@ -97,6 +97,10 @@ def optimize(
         return _again(model)
     if compile not in (None, "regional"):
         raise MoePatchError(f"compile is {compile!r}; it can be 'regional' (every decoder layer by itself) or None.")
+    if mesh is None and dispatch is not None:
+        raise MoePatchError(f"dispatch={dispatch!r} moves tokens between the ranks of a mesh, and there is none: optimize(model, moepatch.make_mesh(ep=…), …).")
+    if not isinstance(plan, Plan | None):
+        raise MoePatchError(f"plan is a {type(plan).__name__}; it can be what moepatch.plan(model) returns, edited or not, or None.")
     seconds: dict[str, float] = {}
     with together("optimize()", mesh), _timed(seconds, "plan"):
         chosen = _checked_plan(model, mesh, plan, optimizer, dense, numerics, measure, overrides)
@@ -142,7 +146,8 @@ def _checked_plan(
     asked = () if given is None else [KINDS[p.site.kind].backends for p in given.patterns]
     chosen = _made(model, dense, numerics, measure and given is None, {} if given is not None else overrides, asked)
     if given is not None:
-        chosen = _fitting(given, chosen).with_backends(**overrides)
+        chosen = _fitting(given, chosen)
+        chosen = (chosen if dense else chosen.without_dense()).with_backends(**overrides)
     if not any(pattern.backend for pattern in chosen.patterns):
         raise NothingMatched(_nothing(model, chosen))
     check_plan(model, chosen, optimizer, mesh)
@@ -181,7 +186,7 @@ def apply(model: nn.Module, plan: Plan, journal: Journal) -> None:
             for step in kind.steps(module, site.spec, pattern.backend):
                 journal.do(step)
     count = len(journal.steps)
-    for pretrained in _outermost_pretrained(model):
+    for pretrained in outermost_pretrained(model).values():
         journal.do(InjectClass(pretrained, PatchedModel, ModelState(count)))
 
 
@@ -191,14 +196,6 @@ def relayout(model: nn.Module, plan: Plan, journal: Journal) -> None:
         for site in pattern.sites if pattern.backend is not None else ():
             for step in KINDS[site.kind].relayout(model.get_submodule(site.fqn), site.spec):
                 journal.do(step)
-
-
-def _outermost_pretrained(module: nn.Module) -> list[nn.Module]:
-    """The transformers models in a tree that are not inside another one: what ``save_pretrained`` is called on."""
-    if isinstance(module, PreTrainedModel):
-        return [module]
-    found = [m for child in module.children() for m in _outermost_pretrained(child)]
-    return list({id(m): m for m in found}.values())
 
 
 def restore(model: Model) -> Model:
@@ -212,7 +209,7 @@ def restore(model: Model) -> Model:
     """
     patch = patch_of(model)
     if patch is None:
-        warnings.warn("moepatch.restore: this model is not patched; nothing to do.", stacklevel=2)
+        warnings.warn(f"moepatch.restore: this {type(model).__name__} is not patched; nothing to do.{_elsewhere(model, 'restore')}", stacklevel=2)
         return model
     with together("restore()", patch.mesh):
         reason = why_not_whole(model) if patch.mesh is not None else None
@@ -231,14 +228,25 @@ def report(model: nn.Module) -> Report:
     """
     patch = patch_of(model)
     if patch is None:
-        inner = [name for name, m in model.named_modules() if patch_of(m) is not None]
-        where = f" {inner[0]!r} inside it is: moepatch.report(model.get_submodule({inner[0]!r}))." if inner else " Call moepatch.optimize(model) first."
+        where = _elsewhere(model, "report") or " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
     return patch.report
 
 
+def _elsewhere(model: nn.Module, call: str) -> str:
+    """Where the patch of a model is that has none itself: inside it, or with an object around it or beside it."""
+    inner = next((name for name, m in model.named_modules() if patch_of(m) is not None), None)
+    if inner is not None:
+        return f" {inner!r} inside it is: moepatch.{call}(model.get_submodule({inner!r}))."
+    if any(isinstance(m, Patched) for m in model.modules()):
+        return f" Modules in it are, through the object that optimize() was called with: call moepatch.{call}() on that one."
+    return ""
+
+
 def patch_of(model: nn.Module) -> _Patch | None:
     """What `optimize` left on a model, or None."""
+    if not isinstance(model, nn.Module):
+        raise MoePatchError(f"moepatch takes a torch.nn.Module, such as from_pretrained returns; this is a {type(model).__name__}.")
     return vars(model).get("_moepatch_patch")
 
 

@@ -17,7 +17,8 @@ from .kinds import KINDS
 from .parallel.apply import can_split
 from .parallel.mesh import why_not_mesh
 from .plan import Plan
-from .scan import Scan
+from .scan import Scan, outermost_pretrained
+from .surgery import Patched
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -39,12 +40,12 @@ def check_model(model: object, mesh: DeviceMesh | None = None) -> None:
 
 
 def check_plan(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None, mesh: DeviceMesh | None = None) -> None:
-    """What depends on the plan: experts that cannot be spread, shadowed forwards, and an optimizer that was built too early.
+    """What depends on the plan: experts that cannot be spread, modules patched before, shadowed forwards, and an optimizer that was built too early.
 
     Raises:
         CheckFailed: with every problem found.
     """
-    problems = [*_divisible(plan, mesh), *_adapted(model, plan, mesh), *_shadowed(model, plan), *_held(model, plan, optimizer)]
+    problems = [*_divisible(plan, mesh), *_adapted(model, plan, mesh), *_taken(model, plan), *_shadowed(model, plan), *_held(model, plan, optimizer)]
     if problems:
         raise CheckFailed(tuple(problems))
 
@@ -141,6 +142,24 @@ def _offloaded(model: nn.Module) -> Iterator[Problem]:
             hook = type(found.module._hf_hook).__name__
             yield Problem("offloaded", found.fqn or "model", f"accelerate moves its weights in and out of its forward ({hook}).", hint)
             return
+
+
+def _taken(model: nn.Module, plan: Plan) -> Iterator[Problem]:
+    """A module that was patched through another object (the model in a wrapper, a part of it, a holder of it) cannot be patched again."""
+    for fqn in _targets(model, plan):
+        if isinstance(model.get_submodule(fqn), Patched):
+            owners = [name for name, module in model.named_modules() if "_moepatch_patch" in vars(module)]
+            by = f"optimize() was called for {owners[0]!r} inside this model" if owners else "optimize() was called for another object that shares it"
+            yield Problem("patched", fqn or "model", f"it is patched already: {by}.", "Use it as it is, or call moepatch.restore() on that object first.")
+            return
+
+
+def _targets(model: nn.Module, plan: Plan) -> Iterator[str]:
+    """The modules that get another class: those of the plan's sites, and the transformers models."""
+    yield from outermost_pretrained(model)
+    for pattern in plan.patterns:
+        for site in pattern.sites if pattern.backend else ():
+            yield from (".".join(filter(None, (site.fqn, name))) for name in KINDS[site.kind].injections(site.spec, pattern.backend, None))
 
 
 def _shadowed(model: nn.Module, plan: Plan) -> Iterator[Problem]:

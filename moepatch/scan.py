@@ -6,6 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
+
+
+def outermost_pretrained(module: nn.Module, name: str = "") -> dict[str, nn.Module]:
+    """The transformers models in a tree that are not inside another one, by name: what ``save_pretrained`` is called on."""
+    if isinstance(module, PreTrainedModel):
+        return {name: module}
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for key, child in module.named_children():
+        for inner, model in outermost_pretrained(child, f"{name}.{key}" if name else key).items():
+            found.setdefault(id(model), (inner, model))
+    return dict(found.values())
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,17 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return type(module)._moepatch_parts[1] if isinstance(module, Patched) else type(module)
 
 
+@functools.cache
+def _unpatched(cls: type) -> type:
+    """A class without the patch in it. What was put over the patched class since (``fully_shard``, a parametrization) stays."""
+    if "_moepatch_parts" in vars(cls):
+        return cls._moepatch_parts[1]
+    bases = tuple(_unpatched(base) if issubclass(base, Patched) else base for base in cls.__bases__)
+    mixin, base = cls._moepatch_parts
+    name = cls.__name__.replace(patched_class(mixin, base).__name__, base.__name__)
+    return type(name, bases, {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")})
+
+
 def is_bare(module: nn.Module) -> bool:
     """Whether not calling a module's ``__call__``, but computing what it does, leaves nothing out."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -72,12 +83,13 @@ class InjectClass:
 
     def do(self) -> None:
         """Patches."""
+        cls = patched_class(self.mixin, type(self.module))
         self.module._moepatch = self.state
-        self.module.__class__ = patched_class(self.mixin, type(self.module))
+        self.module.__class__ = cls
 
     def undo(self) -> None:
         """Puts the class back. Parameters, buffers, hooks and flags were never touched."""
-        self.module.__class__ = original_class(self.module)
+        self.module.__class__ = _unpatched(type(self.module))
         del self.module._moepatch
 
 

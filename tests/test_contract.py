@@ -11,6 +11,7 @@ import torch
 import zoo
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import moepatch
 
@@ -224,3 +225,29 @@ def test_parameters_stay_leaves_under_their_names(qwen3):
     compare.step("qwen3_moe", qwen3)
     optimizer.step()
     assert not torch.equal(weight, old)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj"])
+def test_a_projection_that_is_replaced_later_keeps_its_bias(name):
+    config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    models = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    models[1].load_state_dict(models[0].state_dict())
+    moepatch.optimize(models[1])
+    old = models[0].model.layers[0].get_submodule(name)
+    new = nn.Linear(old.in_features, old.out_features, bias=True)
+    ids = torch.arange(12).view(2, 6)
+    logits, grads = [], []
+    for model in models:
+        model.model.layers[0].set_submodule(name, copy.deepcopy(new))
+        logits.append(model(ids).logits)
+        logits[-1].square().mean().backward()
+        grads.append(model.model.layers[0].get_submodule(name).bias.grad)
+    assert close(logits[1], logits[0]) and close(grads[1], grads[0])
+
+
+def test_shapes_without_data():
+    model = moepatch.optimize(LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4)))
+    ids = torch.zeros(2, 6, dtype=torch.long, device="meta")
+    output = model.to("meta")(ids, labels=ids)
+    output.loss.backward()
+    assert output.logits.shape == (2, 6, 128) and model.lm_head.weight.grad.is_meta

@@ -203,3 +203,34 @@ def test_errors_survive_pickling():
 def test_a_plan_for_another_model_is_refused(qwen3):
     plan = moepatch.plan(zoo.build("mixtral"))
     refused(qwen3, moepatch.PlanMismatch, r"was made for E=8 H=64 I=80|which this Qwen3MoeForCausalLM does not have", plan=plan)
+
+
+def test_a_model_that_was_patched_through_another_object_is_refused(qwen3):
+    wrapper = nn.ModuleDict({"policy": qwen3})
+    moepatch.optimize(qwen3.model)
+    for model in (qwen3, wrapper):
+        with pytest.warns(UserWarning, match=r"not patched; nothing to do\. '(policy\.)?model' inside it is: moepatch\.restore\(model\.get_submodule"):
+            moepatch.restore(model)
+    words = r"model\.layers\.0: it is patched already: optimize\(\) was called for 'model' inside this model.*moepatch\.restore"
+    refused(qwen3, moepatch.CheckFailed, words)
+    assert code(wrapper) == ["patched"]
+    moepatch.restore(qwen3.model)
+    before = facts(qwen3)
+    moepatch.optimize(wrapper)
+    refused(qwen3, moepatch.CheckFailed, r"model: it is patched already: optimize\(\) was called for another object that shares it")
+    with pytest.warns(UserWarning, match="through the object that optimize"):
+        moepatch.restore(qwen3)
+    with pytest.raises(moepatch.MoePatchError, match=r"Modules in it are, through the object.*call moepatch\.report\(\) on that one"):
+        moepatch.report(qwen3)
+    moepatch.restore(wrapper)
+    assert facts(qwen3) == before
+
+
+def test_arguments_without_effect_or_of_the_wrong_kind(qwen3):
+    refused(qwen3, moepatch.MoePatchError, r"dispatch='all_to_all' moves tokens between the ranks of a mesh, and there is none", dispatch="all_to_all")
+    refused(qwen3, moepatch.MoePatchError, "plan is a str; it can be what moepatch.plan", plan="plan.json")
+    for call in (moepatch.restore, moepatch.report):
+        with pytest.raises(moepatch.MoePatchError, match="takes a torch.nn.Module.*this is a NoneType"):
+            call(None)
+    report = moepatch.report(moepatch.optimize(qwen3, plan=moepatch.plan(qwen3), dense=False, loss="chunked"))
+    assert {p.site.kind for p in report.plan.patterns if p.backend} == {"experts", "loss"}

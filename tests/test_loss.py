@@ -626,6 +626,26 @@ def test_hooks_on_the_head_see_logits(qwen3):
     assert compare.error(qwen3(**inputs).loss, plain) <= 1e-6 and seen[0] > 0
 
 
+@pytest.mark.parametrize("where", ["head", "everywhere"])
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_on_the_gradient_of_the_head(qwen3, where, kind):
+    inputs = labelled("qwen3_moe", qwen3)
+    seen = []
+
+    def hook(module, *grads):
+        if module is qwen3.lm_head:
+            seen.append(tuple(grads[-1][0].shape))
+
+    handle = getattr(qwen3.lm_head, f"register_{kind}")(hook) if where == "head" else getattr(nn.modules.module, f"register_module_{kind}")(hook)
+    try:
+        wanted = train(qwen3, **inputs)
+        patch(qwen3)
+        check_same(train(qwen3, **inputs), wanted)
+    finally:
+        handle.remove()
+    assert len(seen) == 2 and len(set(seen)) == 1
+
+
 def test_copies_and_pickles_of_a_patched_model(qwen3):
     inputs = labelled("qwen3_moe", qwen3)
     wanted = train(qwen3, **inputs)

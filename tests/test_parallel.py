@@ -91,6 +91,8 @@ def choices():
     classes = [type(m) for m in model.modules()]
     with pytest.raises(moepatch.BackendUnavailable, match="symm_mem: needs CUDA GPUs, this is cpu"):
         moepatch.optimize(model, mesh_of({"ep": 2}), dispatch="symm_mem")
+    with pytest.raises(moepatch.BackendUnavailable, match="local: it moves nothing, and the experts are spread over 2 ranks. Use dispatch='all_to_all'"):
+        moepatch.optimize(model, mesh_of({"ep": 2}), dispatch="local")
     assert [type(m) for m in model.modules()] == classes
     return notes
 

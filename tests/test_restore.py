@@ -175,3 +175,25 @@ def test_apply_and_restore_touch_nothing_global(qwen3):
     compare.step("qwen3_moe", qwen3)
     assert (dict(vars(experts)), dict(vars(cls)), dict(ALL_EXPERTS_FUNCTIONS._global_mapping)) == before
     assert api.patch_of(qwen3) is not None
+
+
+def test_what_was_put_over_a_patched_class_stays(qwen3):
+    """Parametrizations and FSDP2 make a subclass of the class that they find."""
+    inputs = zoo.inputs("qwen3_moe", qwen3)
+    moepatch.optimize(qwen3)
+    for module, name in ((qwen3.lm_head, "weight"), (qwen3.model.norm, "weight"), (qwen3.model.layers[0].mlp.experts, "down_proj")):
+        torch.nn.utils.parametrize.register_parametrization(module, name, torch.nn.Softsign())
+    before = qwen3(**inputs).logits
+    moepatch.restore(qwen3)
+    assert type(qwen3.model.norm).__name__ == "ParametrizedQwen3MoeRMSNorm" and not any(isinstance(m, surgery.Patched) for m in qwen3.modules())
+    assert compare.error(qwen3(**inputs).logits, before) <= 1e-5
+    torch.nn.utils.parametrize.remove_parametrizations(qwen3.model.norm, "weight")
+    assert type(qwen3.model.norm).__name__ == "Qwen3MoeRMSNorm"
+
+
+def test_a_class_that_cannot_be_injected_leaves_no_trace(qwen3):
+    norm = moepatch.optimize(qwen3).model.norm
+    before, (mixin, _) = norm._moepatch, type(norm)._moepatch_parts
+    with pytest.raises(TypeError, match="method resolution"):
+        surgery.InjectClass(norm, mixin, "another").do()
+    assert norm._moepatch is before

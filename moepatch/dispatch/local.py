@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import BackendUnavailable
 from .base import Received
 
 
@@ -16,6 +17,8 @@ class Local:
     averages = False
 
     def __init__(self, group: dist.ProcessGroup | None, num_experts: int):
+        if group is not None and group.size() > 1:
+            raise BackendUnavailable(f"local: it moves nothing, and the experts are spread over {group.size()} ranks. Use dispatch='all_to_all'")
         self.num_experts = num_experts
 
     def dispatch(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Received:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..autocast import autocast_dtype
 from ..registry import compute
 from ..surgery import Patched, original_class
 from .spec import ExpertsSpec, ExpertWeights
@@ -83,9 +84,7 @@ def _stands_aside(module: nn.Module) -> bool:
 
 def _compute_dtype(module: nn.Module, spec: ExpertsSpec, device: torch.device) -> torch.dtype:
     """The dtype of the GEMMs: autocast's where it is on, as for ``nn.Linear``, else that of the weights."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return spec.layout.down.dtype(module)
+    return autocast_dtype(device) or spec.layout.down.dtype(module)
 
 
 def _identity(x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, spec: ExpertsSpec) -> Tensor:

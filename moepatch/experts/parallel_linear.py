@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..autocast import autocast_dtype
 from ..layout.experts import Weight
 from ..registry import compute
 from ..surgery import Patched
@@ -78,7 +79,7 @@ class PatchedParallelLinear(Patched):
 
     def forward(self, inputs: Tensor, expert_size: Sequence[int] | Tensor) -> Tensor:
         weight = self._moepatch.spec.weight.canonical(self)
-        dtype = torch.get_autocast_dtype(inputs.device.type) if torch.is_autocast_enabled(inputs.device.type) else weight.dtype
+        dtype = autocast_dtype(inputs.device) or weight.dtype
         run = compute("parallel_linear", self._moepatch.backend)
         return run(inputs.to(dtype), weight.to(dtype), expert_size)
 

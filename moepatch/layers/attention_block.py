@@ -186,7 +186,7 @@ class PatchedAttentionBlock(Patched):
         linears = [modules[name] for name in spec.inputs] + [modules[spec.output]]
         if spec.gate is not None or heads.gated or torch.is_autocast_enabled(x.device.type) or torch_module._has_any_global_hook():
             return None
-        if not all(type(linear) is nn.Linear and is_bare(linear) for linear in linears):
+        if not all(type(linear) is nn.Linear and is_bare(linear) for linear in linears) or not _as_matched(linears[:-1], spec):
             return None
         norms = [modules[name] for name in spec.norms]
         if not all(is_bare(norm) and original_class(norm) is spec.norm_class for norm in norms):
@@ -222,7 +222,7 @@ class PatchedAttentionBlock(Patched):
     def _projected(self, spec: AttentionBlockSpec, backend: str, x: Tensor) -> Tensor:
         """``[B, S, N]``: queries, keys, values."""
         layers = [self._modules[name] for name in spec.inputs]
-        if not all(type(layer) is nn.Linear and is_bare(layer) for layer in layers):
+        if not all(type(layer) is nn.Linear and is_bare(layer) for layer in layers) or not _as_matched(layers, spec):
             return torch.cat([layer(x) for layer in layers], -1)
         return project(backend, x, *layers)
 
@@ -231,6 +231,11 @@ class PatchedAttentionBlock(Patched):
         if spec.gate is not None:
             gate = self._modules[spec.gate](x).unflatten(-1, (spec.heads.heads, -1))
         return y if gate is None else y * torch.sigmoid(gate)
+
+
+def _as_matched(inputs: Sequence[nn.Linear], spec: AttentionBlockSpec) -> bool:
+    """Whether projections have a bias where they had one, all or none; a layer that was put there since may differ."""
+    return all((layer.bias is not None) == spec.bias for layer in inputs)
 
 
 @functools.cache

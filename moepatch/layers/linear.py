@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autocast import autocast_dtype
 from ..kind import Kind
 from ..layout.adjacent import joint_linear
 from ..registry import compute
@@ -78,8 +79,8 @@ def project(backend: str, x: Tensor, *layers: nn.Linear) -> Tensor:
 def _cast_and_run(function: Callable[..., Tensor], x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
     weights, biases = tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
     biases = () if biases[0] is None else biases
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
         x, weights, biases = x.to(dtype), tuple(w.to(dtype) for w in weights), tuple(b.to(dtype) for b in biases)
     return function(x, weights, biases)
 

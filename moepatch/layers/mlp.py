@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..autocast import autocast_dtype
 from ..experts.activation import Activation, split_gate
 from ..kernels.gated import gated_backward, gated_backward_reference, gated_forward, gated_forward_reference
 from ..kind import Kind
@@ -109,8 +110,8 @@ class MlpWeights(NamedTuple):
 class PatchedMlp(Patched):
     """Computes ``mlp(x [..., H]) -> [..., H]`` with a backend, in autocast's dtype where autocast is on, as ``nn.Linear`` does.
 
-    It keeps to the family's own forward as long as a child is more than it was (a LoRA layer, a parametrized or hooked one): only what
-    is called can have its effect.
+    It keeps to the family's own forward as long as a child is more than it was (a LoRA layer, a parametrized or hooked one, a bias that is new):
+    only what is called can have its effect.
     """
 
     _moepatch: MlpState
@@ -120,7 +121,8 @@ class PatchedMlp(Patched):
         spec, backend = self._moepatch.spec, self._moepatch.backend
         children = self._modules
         inputs, down = tuple(children[name] for name in spec.inputs), children[spec.down]
-        if not (all(map(is_bare, children.values())) and all(type(layer) is nn.Linear for layer in (*inputs, down))):
+        plain = all(map(is_bare, children.values())) and all(type(layer) is nn.Linear for layer in (*inputs, down))
+        if not plain or any((layer.bias is not None) != spec.input_bias for layer in inputs):
             return super().forward(*args, **kwargs)
         (x,) = (*args, *kwargs.values())
         weights = MlpWeights(
@@ -129,8 +131,9 @@ class PatchedMlp(Patched):
             down.weight,
             down.bias,
         )
-        if torch.is_autocast_enabled(x.device.type):
-            x, weights = _cast(x, weights, torch.get_autocast_dtype(x.device.type))
+        dtype = autocast_dtype(x.device)
+        if dtype is not None:
+            x, weights = _cast(x, weights, dtype)
         y_TH = compute("mlp", backend)(x.reshape(-1, spec.hidden), weights, spec)
         return y_TH.view(x.shape)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autocast import autocast_dtype
 from ..kind import Kind
 from ..registry import compute
 from ..surgery import Patched, original_class
@@ -177,7 +178,7 @@ class PatchedRouter(Patched):
         (x,) = args
         spec = self._moepatch.spec
         # Autocast takes the fp32 from a linear that asks for it, unless the family forbids that: its own code knows.
-        if x.ndim != 2 and not spec.flattens or spec.linear == "float" and torch.is_autocast_enabled(x.device.type):
+        if x.ndim != 2 and not spec.flattens or spec.linear == "float" and autocast_dtype(x.device) is not None:
             return super().forward(x)
         bias = None if spec.bias is None else getattr(self, spec.bias)
         correction = None if spec.correction is None else getattr(self, spec.correction)

@@ -56,7 +56,7 @@ def make_mesh(ep: int, dp_replicate: int = 1, device: str | torch.device | None 
 def why_not_mesh(mesh: object) -> str | None:
     """What is wrong with a mesh in itself, or None."""
     if not isinstance(mesh, DeviceMesh):
-        return f"the mesh is a {type(mesh).__name__}, not a torch DeviceMesh; moepatch.make_mesh(ep=…) makes the usual one."
+        return f"the mesh is a {type(mesh).__name__}, not a torch DeviceMesh."
     names = mesh.mesh_dim_names or ()
     if "ep" not in names:
         return f"the mesh has the dims {list(names)} and no 'ep'. Name the dim over which experts are spread 'ep'."

@@ -112,7 +112,7 @@ def params(estimate: Estimate) -> str:
 
 def layers(estimate: Estimate) -> list[str]:
     """How many layers, if that is known."""
-    return [] if estimate.layers is None else [f"{estimate.layers} layer{'s' if estimate.layers > 1 else ''}"]
+    return [] if estimate.layers is None else [f"{estimate.layers} layer{'s' if estimate.layers != 1 else ''}"]
 
 
 def group_parts(group: ExpertGroup, estimate: Estimate) -> list[str]:

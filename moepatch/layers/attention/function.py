@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...autocast import autocast_dtype
 from .exact import dense_mask, plain_attention, sdpa_attention, with_borders
 from .kernel import How, Kernel, Raw, first_that_serves
 from .masks import Mask
@@ -198,11 +199,8 @@ def _borders(cu_seqlens: Tensor | None, max_len: int | None, mask: Mask | Tensor
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) for t in tensors)
+    dtype = autocast_dtype(tensors[0].device)
+    return tensors if dtype is None else tuple(t.to(dtype) for t in tensors)
 
 
 def _run_packed(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, how: How, packing: Packing) -> Tensor:

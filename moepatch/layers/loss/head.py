@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from ...autocast import autocast_dtype
 from ...errors import MoePatchError
 from .chunked import Formula
 
@@ -70,8 +71,7 @@ class Head:
         self.weight, self.bias = module.weight, module.bias
         self.version = self._version
         self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        kind = hidden.device.type
-        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.autocast = autocast_dtype(hidden.device)
         self.value: Tensor | None = None
 
     @property

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ...autocast import autocast_dtype
 from ...kind import Injections, Kind
 from ...registry import compute
 from ...surgery import Patched
@@ -35,7 +37,7 @@ class PatchedHead(Patched):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., H]``."""
-        if not is_deferring() or not _is_plain(self, hidden):
+        if not is_deferring() or not _is_plain(self, hidden) or _watches_gradients(self):
             return super().forward(hidden)
         return defer(Head(self, hidden, super().forward, compute("loss", self._moepatch.backend)))
 
@@ -43,10 +45,16 @@ class PatchedHead(Patched):
 def _is_plain(head: nn.Linear, hidden: Tensor) -> bool:
     """Whether the fused loss can take the place of the head: dense tensors that are whole here and stay so until the loss."""
     weight = head.weight
-    if type(hidden) is not Tensor or type(weight) not in (nn.Parameter, Tensor) or hidden.ndim < 2 or weight.device != hidden.device:
+    if type(hidden) is not Tensor or type(weight) not in (nn.Parameter, Tensor) or hidden.ndim < 2 or weight.device != hidden.device or hidden.is_meta:
         return False
-    same = hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type)
+    same = hidden.dtype == weight.dtype or autocast_dtype(hidden.device) is not None
     return same and hidden.is_floating_point() and not (isinstance(head, FSDPModule) and _loses_weight(head))
+
+
+def _watches_gradients(head: nn.Linear) -> bool:
+    """Whether hooks wait for the gradient of the logits, which the fused loss never makes."""
+    everywhere = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
+    return bool(head._backward_hooks or head._backward_pre_hooks or everywhere)
 
 
 def _loses_weight(unit: FSDPModule) -> bool:
