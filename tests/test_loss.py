@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import moepatch
-from moepatch import registry
+from moepatch import registry, surgery
 from moepatch.errors import MoePatchError
 from moepatch.kernels import cross_entropy as kernels
 from moepatch.layers.loss import backends, chunked  # noqa: F401  (registers the backends)
@@ -500,6 +500,15 @@ def test_no_label_counts_in_a_model(qwen3):
     plain = qwen3(**inputs).loss
     patch(qwen3)
     assert plain.isnan() and qwen3(**inputs).loss.isnan()
+
+
+def test_a_forward_that_the_class_is_given_later_is_called(qwen3, monkeypatch):
+    inputs = labelled("qwen3_moe", qwen3)
+    forward, calls = type(qwen3).forward, []
+    patch(qwen3)  # makes the class, which the next model of the family gets too
+    monkeypatch.setattr(surgery.original_class(qwen3), "forward", lambda self, *args, **kwargs: calls.append(self) or forward(self, *args, **kwargs))
+    qwen3(**inputs)
+    assert calls == [qwen3]
 
 
 def test_without_labels_nothing_is_deferred(qwen3):

@@ -216,3 +216,21 @@ def test_the_reference_backend_serves_every_contract(name):
     moepatch.optimize(model, **overrides)
     found = compare.step(name, model)
     assert all(compare.error(found[1][key], grad) <= 1e-5 for key, grad in truth[1].items())
+
+
+class ScaledMlp(nn.Module):
+    """An MLP whose result is multiplied by what it holds in some form."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.up, self.down, self.form = nn.Linear(16, 24), nn.Linear(24, 16), form
+
+    def forward(self, x):
+        factor = self.form["factor"] if isinstance(self.form, dict) else self.form[0]
+        return self.down(F.gelu(self.up(x))) * factor
+
+
+@pytest.mark.parametrize("make", [lambda x: (x,), lambda x: [x], lambda x: {"factor": x}, lambda x: torch.tensor([x])])
+def test_modules_that_hold_other_numbers_are_tried_each(make):
+    model = nn.Sequential(ScaledMlp(make(1.0)), ScaledMlp(make(0.5)), ScaledMlp(make(1.0)))
+    assert {fqn for pattern in moepatch.plan(model).patterns for fqn in pattern.fqns} == {"0", "2"}

@@ -160,6 +160,67 @@ def test_a_pass_after_one_that_broke_off_uses_the_weights_of_its_own_time(error,
     on_ranks(2, broken_off, error, where, gradients)
 
 
+class Breaks(torch.autograd.Function):
+    """The identity, whose backward fails."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise MemoryError
+
+
+def broken_off_in_backward(where, make):
+    """A batch whose backward fails is left out; what follows is trained as without it, embeddings and the last norm too."""
+    model, fresh = make(), make()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, fresh)]
+    handle = model.model.layers[where].mlp.register_forward_pre_hook(lambda module, args: (Breaks.apply(args[0]), *args[1:]))
+    with pytest.raises(MemoryError):
+        model(**batch("qwen3_moe", model, 0)).loss.backward()
+    handle.remove()
+    optimizers[0].zero_grad()
+    for number in range(2):
+        for m, optimizer in zip((model, fresh), optimizers, strict=True):
+            m(**batch("qwen3_moe", m, number)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(a.to_local(), b.to_local()) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("where", "make"), [(1, bundled), (3, bundled), (3, single)])
+def test_a_batch_after_one_whose_backward_broke_off_trains_everything(where, make):
+    on_ranks(2, broken_off_in_backward, where, make)
+
+
+def left_out():
+    """Gradients of micro-batches that are given up, a first pass in inference mode, an optimizer that is made after an evaluation."""
+    model, fresh = bundled(), bundled()
+    with torch.inference_mode():
+        model(**batch("qwen3_moe", model, 4))
+    with model.no_sync():
+        model(**batch("qwen3_moe", model, 0)).loss.backward()
+    model.zero_grad()
+    optimizers = []
+    for m in (model, fresh):
+        with torch.no_grad():
+            m(**batch("qwen3_moe", m, 5))
+        optimizers.append(torch.optim.SGD(m.parameters(), lr=0.1))
+        assert all(isinstance(p, DTensor) for p in m.parameters())
+    before = [p.detach().to_local().clone() for p in model.parameters()]
+    for m, optimizer in zip((model, fresh), optimizers, strict=True):
+        m(**batch("qwen3_moe", m, 1)).loss.backward()
+        optimizer.step()
+    after = [p.detach().to_local() for p in model.parameters()]
+    assert all(torch.equal(a, b.to_local()) for a, b in zip(after, fresh.parameters(), strict=True))
+    assert not any(map(torch.equal, before, after))
+
+
+def test_nothing_of_what_was_left_out_stays_and_everything_is_trained():
+    on_ranks(2, left_out)
+
+
 def layers_alone(where):
     """A layer called by itself, before any pass, twice with a step in between, and then after a pass; with gradients."""
     found = []

@@ -18,6 +18,9 @@ from ..kinds import KINDS
 from ..layout.experts import ExpertsLayout
 from ..replica import random_fill, replica
 
+#: Numbers of a tensor that are compared one by one.
+_FEW = 4096
+
 
 def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | None:
     """None if `spec` computes what `module` does, else how the two differ.
@@ -85,7 +88,7 @@ def finite_numbers(module: nn.Module) -> list[float]:
 
 def fingerprint(module: nn.Module) -> tuple:
     """Equal for modules that behave equally but for their weights: class, plain attributes, shapes, children."""
-    plain = tuple((k, v if isinstance(v, (int, float, str, bool)) else repr(v)) for k, v in sorted(vars(module).items()) if _is_plain(v))
+    plain = tuple((k, _value(v)) for k, v in sorted(vars(module).items()) if _is_plain(v) or not k.startswith("_") and _has_numbers(v))
     shapes = tuple((name, None if p is None else tuple(p.shape)) for name, p in module._parameters.items())
     children = tuple((name, None if child is None else fingerprint(child)) for name, child in module._modules.items())
     return type(module), plain, shapes, children
@@ -93,3 +96,16 @@ def fingerprint(module: nn.Module) -> tuple:
 
 def _is_plain(value) -> bool:
     return isinstance(value, (int, float, str, bool)) or (callable(value) and not isinstance(value, nn.Module))
+
+
+def _has_numbers(value) -> bool:
+    """Whether it is something else that may hold numbers."""
+    return isinstance(value, (Tensor, tuple, list, dict))
+
+
+def _value(value):
+    """What is equal for equal values."""
+    if isinstance(value, Tensor):
+        known = value.device.type != "meta" and value.numel() <= _FEW
+        return tuple(value.shape), value.dtype, tuple(value.flatten().tolist()) if known else id(value)
+    return value if isinstance(value, (int, float, str, bool)) else repr(value)

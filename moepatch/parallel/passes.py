@@ -32,6 +32,38 @@ def parts(unit: FSDPModule) -> Iterator[nn.Parameter]:
     yield from () if group is None else (held.sharded_param for held in group.fsdp_params)
 
 
+def gathered(root: FSDPModule) -> dict[int, nn.Parameter]:
+    """What the optimizer steps in place of each parameter of a model that is gathered at the moment, by the gathered one's id."""
+    groups = (state._fsdp_param_group for state in root._get_fsdp_state()._state_ctx.all_states)
+    return {id(held._unsharded_param): held.sharded_param for group in groups if group is not None and group.is_unsharded for held in group.fsdp_params}
+
+
+def drop_unreduced(unit: FSDPModule) -> None:
+    """Lets go of gradients of an FSDP2 unit that ranks have not added up yet, such as those of ``no_sync``."""
+    group = unit._get_fsdp_state()._fsdp_param_group
+    for held in () if group is None else group.fsdp_params:
+        held.unsharded_accumulated_grad = None
+        _drop_unsharded(held)
+
+
+def _drop_unsharded(held: Any) -> None:
+    if hasattr(held, "_unsharded_param"):
+        held._unsharded_param.grad = None
+
+
+def _end_backward(root: Any) -> None:
+    """Ends a backward pass that broke off. FSDP2 would wait for its end for ever, and never again reduce what only the end reduces.
+
+    What is not reduced yet is not whole and is dropped, with what ``no_sync`` had kept from passes before.
+    """
+    for state in root._state_ctx.all_states:
+        if (group := state._fsdp_param_group) is not None:
+            group._training_state = TrainingState.POST_BACKWARD  # nothing of it is reduced any more
+            for held in group.fsdp_params:
+                _drop_unsharded(held)
+    root._root_post_backward_final_callback()
+
+
 def _begin_anew(state: Any, forget: bool) -> None:
     """As `part`; what is on its way is kept unless it is to be forgotten."""
     state._training_state = TrainingState.IDLE
@@ -42,6 +74,15 @@ def _begin_anew(state: Any, forget: bool) -> None:
     if forget:
         _forget(group)
     group.reshard()
+
+
+def _gather_once(group: Any) -> None:
+    """Makes the memory that an FSDP2 unit gathers into. What inference mode had made could not be gathered into by any other pass."""
+    if not all(held.all_gather_outputs for held in group.fsdp_params):
+        with torch.inference_mode(False):
+            group.unshard()
+            group.wait_for_unshard()
+            group.reshard()
 
 
 def _forget(group: Any) -> None:
@@ -100,12 +141,19 @@ class Passes:
         self.running = True
         if _in_backward():
             return
-        context = self.prepare()._state_ctx
+        root = self.prepare()
+        context = root._state_ctx
+        if context.post_backward_final_callback_queued:
+            _end_backward(root)
         # FSDP2 forgets the root of a pass at its end. After one that broke off it would not wait for the optimizer.
         broken, context.iter_forward_root = context.iter_forward_root is not None, None
         if broken or self.had_gradients or torch.is_grad_enabled():
             for state in context.all_states:
                 _begin_anew(state, forget=True)
+        if torch.is_inference_mode_enabled():
+            for state in context.all_states:
+                if state._fsdp_param_group is not None:
+                    _gather_once(state._fsdp_param_group)
         for member in self.members:
             member.following = None
         self.had_gradients = torch.is_grad_enabled()

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from ..checkpoint import PatchedModel
-from .passes import parts
+from .passes import drop_unreduced, gathered, parts
 
 
 class ShardedModel(PatchedModel):
@@ -39,11 +39,18 @@ class ShardedModel(PatchedModel):
     def _is_accelerate_prepared(self, value: bool) -> None:
         self.__dict__["_accelerate_was_here"] = value
 
+    def named_parameters(self, *args, **kwargs):
+        """As any module's, and always what the optimizer steps: a forward pass leaves parameters gathered, which are others."""
+        stepped = gathered(self) if isinstance(self, FSDPModule) else {}
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield name, stepped.get(id(parameter), parameter)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As any module's; also for parameters that are gathered at the moment, whose gradients lie elsewhere."""
+        """As any module's; also for parameters that are gathered at the moment, whose gradients lie elsewhere, and for gradients of `no_sync`."""
         super().zero_grad(set_to_none)
-        for unit in self.modules():
-            for part in parts(unit) if isinstance(unit, FSDPModule) else ():
+        for unit in (module for module in self.modules() if isinstance(module, FSDPModule)):
+            drop_unreduced(unit)
+            for part in parts(unit):
                 if set_to_none or part.grad is None:
                     part.grad = None
                 else:

@@ -29,10 +29,11 @@ def _with_deferring(forward):
 
     @functools.wraps(forward)
     def labelled(self, *args, **kwargs):
+        forward = super(Labelled, self).forward  # as it is now: somebody may have given the class another one
         labels = kwargs.get("labels") if position is None or len(args) <= position else args[position]
         if labels is None or torch.compiler.is_compiling():
-            return forward(self, *args, **kwargs)
+            return forward(*args, **kwargs)
         with deferring(kwargs.get("num_items_in_batch")):
-            return forward(self, *args, **kwargs)
+            return forward(*args, **kwargs)
 
     return labelled
