@@ -29,8 +29,8 @@ ALONE = Turn()
 class Chain:
     """The mixtures of experts of one list of layers, in their order.
 
-    A rank announces a number for the whole list if it had one number for all of it the last time. What runs otherwise (layers by
-    themselves, left out, or again in a backward pass) is asked one by one.
+    A rank announces a number for the whole list if it had one number for all of it the last time, and has never had several. What runs
+    otherwise (layers by themselves, left out, or again in a backward pass) is asked one by one.
 
     Attributes:
         length: how many there are.
@@ -39,7 +39,7 @@ class Chain:
     length: int
     _next: int = 0
     _tokens: int = 0
-    _alike: bool = False
+    _varies: bool = False
     _steady: bool = False
 
     def turn(self, place: int, tokens: int) -> Turn:
@@ -48,13 +48,13 @@ class Chain:
             return ALONE
         if place == 0:
             self._steady = self._steady and self._next == self.length
-            self._next, self._tokens, self._alike = 1, tokens, True
+            self._next, self._tokens = 1, tokens
             return Turn(self, True, self.length - 1 if self._steady else 0)
         if place != self._next:
             self._steady, self._next = False, -1
             return ALONE
         self._next += 1
-        self._alike = self._alike and tokens == self._tokens
+        self._varies = self._varies or tokens != self._tokens
         if self._next == self.length:
-            self._steady = self._alike
+            self._steady = not self._varies
         return Turn(self, False)

@@ -56,14 +56,20 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fs
 
 
 def _join_chains(model: nn.Module, sharded: list[nn.Module]) -> None:
-    """Tells the dispatchers of the experts in one list of layers that they run one after the other."""
+    """Tells the dispatchers of the experts in one list of layers that they run one after the other.
+
+    Experts of another name in their layers, such as those for images beside those for text, have tokens of their own and so a chain of their own.
+    """
     dispatchers = {id(module): module._moepatch.dispatcher for module in sharded}
     for layers in layer_lists(model):
-        inside = {id(m): dispatchers[id(m)] for layer in layers for m in layer.modules() if id(m) in dispatchers}
-        chain = Chain(len(inside))
-        for place, dispatcher in enumerate(inside.values()):
-            if hasattr(dispatcher, "join"):
-                dispatcher.join(chain, place)
+        named: dict[str, dict[int, object]] = {}
+        for name, module in ((name, module) for layer in layers for name, module in layer.named_modules() if id(module) in dispatchers):
+            named.setdefault(name, {})[id(module)] = dispatchers[id(module)]
+        for inside in named.values():
+            chain = Chain(len(inside))
+            for place, dispatcher in enumerate(inside.values()):
+                if hasattr(dispatcher, "join"):
+                    dispatcher.join(chain, place)
 
 
 def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> None:
