@@ -99,6 +99,8 @@ def optimize(
         raise MoePatchError(f"compile is {compile!r}; it can be 'regional' (every decoder layer by itself) or None.")
     if mesh is None and dispatch is not None:
         raise MoePatchError(f"dispatch={dispatch!r} moves tokens between the ranks of a mesh, and there is none: optimize(model, moepatch.make_mesh(ep=…), …).")
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise MoePatchError(f"optimizer is {optimizer!r}; it can be the optimizer of a training loop, whose parameters are then looked at, or None.")
     if not isinstance(plan, Plan | None):
         raise MoePatchError(f"plan is a {type(plan).__name__}; it can be what moepatch.plan(model) returns, edited or not, or None.")
     seconds: dict[str, float] = {}

@@ -32,7 +32,7 @@ METHOD = 2
 #: How much faster than a backend of higher rank another one has to be: clocks are no better than that, and ranks know of host time beside the call.
 MARGIN = 0.05
 _WARM_UP, _ROUNDS, _CALLS = 3, 5, 4
-_FILE = "choices.json"
+_FILE, _NO_ROOM = "choices.json", "does not fit beside the model"
 
 
 def fastest(model: nn.Module, plan: Plan, stream: TextIO | None = None) -> Plan:
@@ -59,7 +59,8 @@ def fastest(model: nn.Module, plan: Plan, stream: TextIO | None = None) -> Plan:
     if fresh:
         if stream.isatty():
             stream.write("\r\033[K")
-        store.add(_FILE, {_key(p): cache[_key(p)] for p in fresh})
+        # Where there was no room, another process may find some.
+        store.add(_FILE, {_key(p): cache[_key(p)] for p in fresh if _NO_ROOM not in cache[_key(p)].values()})
     chosen = {id(p): _decided(p, cache[_key(p)]) for p in todo}
     return replace(plan, patterns=tuple(chosen.get(id(p), p) for p in plan.patterns))
 
@@ -110,7 +111,7 @@ def _time(model: nn.Module, pattern: Pattern, backend: str) -> float | str:
         call = kind.bench(site.spec, dtype, device, torch.Generator().manual_seed(0), TOKENS).trainable()
         return round(best_ms(lambda: _step(module, call, kind.call), device), 4)
     except torch.cuda.OutOfMemoryError:
-        return "does not fit beside the model"
+        return _NO_ROOM
     except getattr(torch, "AcceleratorError", ()):
         raise  # the device itself has failed: nothing after this can be trusted
     except Exception as error:  # a library may fail in any way on a shape or a machine that it was not made for

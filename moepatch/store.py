@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -26,12 +27,15 @@ def read(name: str) -> dict[str, Any]:
 def add(name: str, entries: dict[str, Any]) -> None:
     """Adds to a file, beside what other processes have put there. A directory that cannot be written only costs time.
 
-    The file is replaced in one step, so that processes that start together do not read half of it.
+    The file is replaced in one step, so that processes that start together do not read half of it; they write one after the other, so that
+    none writes over what another has added.
     """
     try:
         cache_directory().mkdir(parents=True, exist_ok=True)
-        part = cache_directory() / f"{name}.{os.getpid()}"
-        part.write_text(json.dumps({**read(name), **entries}, indent=1))
-        part.replace(cache_directory() / name)
+        with open(cache_directory() / f"{name}.lock", "w") as lock:  # given up when it is closed
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            part = cache_directory() / f"{name}.part"
+            part.write_text(json.dumps({**read(name), **entries}, indent=1))
+            part.replace(cache_directory() / name)
     except OSError:
         return

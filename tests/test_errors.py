@@ -228,6 +228,7 @@ def test_a_model_that_was_patched_through_another_object_is_refused(qwen3):
 
 def test_arguments_without_effect_or_of_the_wrong_kind(qwen3):
     refused(qwen3, moepatch.MoePatchError, r"dispatch='all_to_all' moves tokens between the ranks of a mesh, and there is none", dispatch="all_to_all")
+    refused(qwen3, moepatch.MoePatchError, "optimizer is <class 'torch.optim.adamw.AdamW'>; it can be the optimizer", optimizer=torch.optim.AdamW)
     refused(qwen3, moepatch.MoePatchError, "plan is a str; it can be what moepatch.plan", plan="plan.json")
     for call in (moepatch.restore, moepatch.report):
         with pytest.raises(moepatch.MoePatchError, match="takes a torch.nn.Module.*this is a NoneType"):

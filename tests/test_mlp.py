@@ -125,6 +125,19 @@ def test_any_activation_is_recognised(activation):
     assert site.spec.activation == activation
 
 
+class Limited(Mlp):
+    """Its activation differs from what it looks like for large numbers only."""
+
+    limit = 50
+
+    def forward(self, x):
+        return self.out(F.silu(self.a(x)).clamp(max=self.limit) * self.b(x))
+
+
+def test_a_limit_that_no_float_tells_is_seen():
+    assert not any(site.spec.activation.name == "swiglu" for site in found(Limited()).values())
+
+
 @pytest.mark.parametrize("sizes", [(28, 28), (56, 28), (14, 28)])
 def test_widths_that_coincide(sizes):
     hidden, width = sizes

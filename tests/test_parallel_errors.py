@@ -39,6 +39,7 @@ def meshes_that_do_not_fit():
     raises(moepatch.MoePatchError, "3 ranks cannot be divided", moepatch.make_mesh, ep=2)
     raises(moepatch.MoePatchError, "3 ranks cannot be divided", moepatch.make_mesh, ep=3, dp_replicate=2)
     raises(moepatch.MoePatchError, "3 ranks cannot be divided", moepatch.make_mesh, ep=0)
+    raises(moepatch.MoePatchError, "have to be integers", moepatch.make_mesh, ep="2")
     raises(moepatch.BackendUnavailable, "nonesuch", moepatch.optimize, model, moepatch.make_mesh(ep=1), dispatch="nonesuch")
     unchanged(model, before)
     assert moepatch.make_mesh(ep=3, device="cpu").mesh.shape == (1, 1, 3)

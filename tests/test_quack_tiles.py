@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import fake_quack
@@ -204,3 +205,10 @@ def test_a_file_that_cannot_be_read_or_written(monkeypatch, tmp_path):
     monkeypatch.setenv("MOEPATCH_CACHE", str(tmp_path / "file"))
     store.add("x.json", {"a": 2})
     assert store.read("x.json") == {}
+
+
+def test_nothing_that_is_added_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEPATCH_CACHE", str(tmp_path))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: store.add("x.json", {str(i): i}), range(80)))
+    assert store.read("x.json") == {str(i): i for i in range(80)}

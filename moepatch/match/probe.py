@@ -20,6 +20,8 @@ from ..replica import random_fill, replica
 
 #: Numbers of a tensor that are compared one by one.
 _FEW = 4096
+#: Where a limit shows that no attribute tells.
+_FAR = torch.tensor([-1000.0, -100, 0, 1, 100, 1000])
 
 
 def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | None:
@@ -54,7 +56,10 @@ def recognise(gate: Callable[[Tensor], Tensor], layout: ExpertsLayout, numbers: 
     reach = max(30.0, *(2 * abs(n) for n in numbers if abs(n) < 1e3)) if numbers else 30.0
     generator = torch.Generator().manual_seed(0)
     line = torch.linspace(-reach, reach, 241)
-    pairs = torch.cat([torch.randn(256, 2, generator=generator) * 3, torch.cartesian_prod(line[::8], line[::8]), torch.stack([line, line.flip(0)], -1)])
+    pairs = torch.cat([
+        torch.randn(256, 2, generator=generator) * 3, torch.cartesian_prod(line[::8], line[::8]), torch.stack([line, line.flip(0)], -1),
+        torch.cartesian_prod(_FAR, _FAR),
+    ])  # fmt: skip
     gated = layout.gate_form != "none"
     # [R, 2] is a canonical pre-activation of width I = 1; without a gate only the first column is used.
     # In double precision: erf cancels where its argument is negative.

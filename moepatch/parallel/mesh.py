@@ -47,6 +47,8 @@ def make_mesh(ep: int, dp_replicate: int = 1, device: str | torch.device | None 
     if not dist.is_initialized():
         raise MoePatchError("make_mesh() needs a process group. Start with torchrun and call torch.distributed.init_process_group() first.")
     world = dist.get_world_size()
+    if not (isinstance(ep, int) and isinstance(dp_replicate, int)):
+        raise MoePatchError(f"ep={ep!r} and dp_replicate={dp_replicate!r} have to be integers, numbers of ranks.")
     if ep < 1 or dp_replicate < 1 or world % (ep * dp_replicate):
         raise MoePatchError(f"{world} ranks cannot be divided into dp_replicate={dp_replicate} × dp_shard × ep={ep}. Choose numbers whose product divides {world}.")
     kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() and "nccl" in dist.get_backend() else "cpu"
