@@ -12,7 +12,6 @@ the bytes at the rate of a large GEMM or a large copy, both measured at the star
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import time
@@ -28,15 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from step_weights import meta_model
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 import moepatch
 from moepatch import trial
+from moepatch.bench import attention_function, piece, random_weights
 from moepatch.kinds import KINDS
-from moepatch.layers.attention import NAMES
-from moepatch.layers.attention.kind import SetImplementation
-from moepatch.plan import Pattern, Plan
-from moepatch.replica import replica
+from moepatch.plan import Pattern
 
 #: So many layers show every kind of module that a model has.
 LAYERS = {"Nemotron-3-Nano-30B-A3B": 6, "gpt-oss-20b": 2}
@@ -85,38 +81,24 @@ def layers(name: str, kinds: list[str] | None, tokens: int, repeats: int, device
             continue
         matrices = sum(p.numel() for p in model.get_submodule(pattern.site.fqn).parameters() if p.ndim > 1) if kind.stand_in is None else 0
         least = floor_ms(kind.name, pattern.site.spec, matrices, tokens, 2, machine)
-        attention = _attention_function(plan) if kind.name in ("attention_block", "latent") else None
+        attention = attention_function(plan) if kind.name in ("attention_block", "latent") else None
         for backend in [None, *(c.backend for c in pattern.choices if c.why_not is None and c.backend != "reference")]:
             yield {"part": "layer", "model": name, "layer": pattern.name, "spec": pattern.site.spec.describe(), "tokens": tokens} | _stack(
                 model, pattern, backend, attention, tokens, repeats, device, least
             )
 
 
-def _attention_function(plan: Plan) -> str | None:
-    """The backend that the plan has for what attention modules call in their middle."""
-    return next((pattern.backend for pattern in plan.patterns if pattern.site.kind == "attention_function"), None)
-
-
 def _stack(
     model: nn.Module, pattern: Pattern, backend: str | None, attention: str | None, tokens: int, repeats: int, device: torch.device, least: float
 ) -> dict:
     """A row. An attention module that is patched calls the backend `attention`, the family's own what the model is configured for."""
-    kind, spec = KINDS[pattern.site.kind], pattern.site.spec
+    kind = KINDS[pattern.site.kind]
     stack = "transformers" if backend is None else f"moepatch {backend}" + (f", {attention}" if attention else "")
     try:
-        subject = kind.at_work(model.get_submodule(pattern.site.fqn), spec, backend, lambda module: replica(module, {}, _filled(device)))
-        if backend is not None and attention is not None:
-            subject.config = copy.copy(subject.config)
-            SetImplementation(subject.config, NAMES[attention]).do()
-        call = kind.bench(spec, torch.bfloat16, device, torch.Generator().manual_seed(0), tokens).trainable()
-        forward = kind.call or (trial.eager_forward(subject) if backend is None and kind.stand_in is None else None)
-
-        def outputs() -> list[Tensor]:
-            made = subject.forward(*call.args, **call.kwargs) if forward is None else forward(subject, *call.args, **call.kwargs)
-            return [o for o in tree_flatten(made)[0] if isinstance(o, Tensor) and o.requires_grad]
-
+        eager = trial.eager_forward if backend is None and kind.stand_in is None else None
+        timed_piece = piece(model, pattern, backend, attention, tokens, device, eager)
+        outputs, leaves = timed_piece.forward, timed_piece.leaves
         cotangents = [torch.randn_like(o) for o in outputs()]
-        leaves = [*call.leaves(), *subject.parameters()]
         time_both = timed(lambda i: gradients(outputs(), leaves, cotangents), repeats, device)
         time_forward = timed(lambda i: outputs(), repeats, device)
         kept = saved_mib(outputs, device)
@@ -131,19 +113,6 @@ def _stack(
         "kept_mib": None if kept is None else round(kept, 1),
         "floor_ms": round(least, 4),
     }
-
-
-def _filled(device: torch.device):
-    """Random weights on the device: matrices as transformers initialises them, vectors around 1."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if not tensor.is_floating_point():
-            return torch.zeros(shape, dtype=tensor.dtype, device=device)
-        noise = torch.randn(shape, generator=generator, device=device)
-        return (1 + 0.1 * noise if len(shape) == 1 else 0.02 * noise).to(tensor.dtype)
-
-    return fill
 
 
 class _NoExperts(nn.Module):
@@ -188,7 +157,7 @@ def _decoder_layer(stack: str, tokens: int, device: torch.device, tiny: bool) ->
 def replica_on(model: nn.Module, device: torch.device) -> nn.Module:
     """A model of the meta device with memory and random weights."""
     model.to_empty(device=device)
-    fill = _filled(device)
+    fill = random_weights(device)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(fill(p, tuple(p.shape)))

@@ -1,4 +1,4 @@
-"""The command line: ``moepatch inspect``, ``moepatch doctor``.
+"""The command line: ``moepatch inspect``, ``moepatch doctor``, ``moepatch bench``.
 
 Data goes to standard output, errors to standard error. Exit codes: 0 done (inspect: everything is served), 1 error, 2 served in part,
 3 nothing served. Whatever is heavy is imported by the command that needs it.
@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -99,6 +100,54 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         from .render import terminal
 
         terminal.print_view(terminal.view_of_environment(versions, rows))
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="DIR|config.json", help="A model's directory or its config.json; no weights are read.")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Of one sequence; 4096 on a GPU, 256 without one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time a model's modules on this machine: transformers' code and every backend, forward and backward, with random weights.
+
+    Exit code: 0 done, 1 error, 3 there is nothing that moepatch serves.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from . import source
+        from .bench import bench as timed
+        from .bench import machine
+        from .errors import MoePatchError
+        from .plan import SCHEMA_VERSION, make_plan
+
+        try:
+            file = source.config_path(Path(model))
+            found = source.meta_model(source.read_config(file)[0], str(file))
+        except MoePatchError as error:
+            typer.echo(f"moepatch: {error}", err=True)
+            raise typer.Exit(1) from None
+        with source.quiet():
+            rows = []
+            for row in timed(found, make_plan(found), machine(), tokens):
+                rows.append(row)
+                if sys.stderr.isatty():
+                    typer.echo(f"\r\033[K{row.pattern}: {row.stack}", nl=False, err=True)
+        if sys.stderr.isatty():
+            typer.echo("\r\033[K", nl=False, err=True)
+    if as_json:
+        typer.echo(json.dumps({"schema_version": SCHEMA_VERSION, "versions": _versions(), "rows": [row.to_dict() for row in rows]}, indent=2))
+    else:
+        from .render import terminal
+
+        terminal.print_view(terminal.view_of_bench(f"{type(found).__name__} on {_machine_words()}, milliseconds forward and backward", rows))
+    raise typer.Exit(0 if rows else 3)
+
+
+def _machine_words() -> str:
+    import torch
+
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"the CPU, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def _versions() -> dict[str, str]:

@@ -73,7 +73,7 @@ def config_path(path: Path) -> Path:
         CheckpointError: there is none.
     """
     if not path.exists():
-        hint = "moepatch inspect reads local files: download the model first, for example with `hf download`."
+        hint = "moepatch reads local files: download the model first, for example with `hf download`."
         raise CheckpointError(f"{path}: there is no such file or directory. {hint}")
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():

@@ -17,6 +17,7 @@ from rich.text import Text
 from . import words
 
 if TYPE_CHECKING:
+    from ..bench import BenchRow
     from ..inspection import BackendRow, Inspection
     from ..plan import Pattern, Plan
     from ..report import Report
@@ -107,6 +108,29 @@ def view_of_environment(versions: dict[str, str], backends: tuple[BackendRow, ..
     for name, version in versions.items():
         table.add_row(Text(name, "bold"), version)
     return Group(table, *_blocks(_backends(backends)))
+
+
+def view_of_bench(title: str, rows: list[BenchRow]) -> Group:
+    """What `moepatch bench` prints: how much faster than transformers' code each backend is, and which of them the plan has (●)."""
+    table = _table(
+        Column("module", overflow="fold"),
+        Column("count", justify="right", no_wrap=True),
+        Column("stack", no_wrap=True),
+        Column("ms", justify="right", no_wrap=True),
+        Column("×", justify="right", no_wrap=True),
+        Column("", overflow="fold"),
+    )
+    before = base = None
+    for row in rows:
+        if (row.pattern, row.spec) != before:
+            before, base = (row.pattern, row.spec), row.ms if row.stack == "transformers" else None
+            first = _Line([(row.pattern, "bold"), (row.spec, "dim")]), str(row.modules)
+        else:
+            first = "", ""
+        times = f"{base / row.ms:.2f}" if base and row.ms and row.stack != "transformers" else ""
+        took = "" if row.ms is None else f"{row.ms:.2f}"
+        table.add_row(*first, Text(row.stack + (" ●" if row.planned else ""), "green" if row.planned else ""), took, times, Text(row.problem or "", "yellow"))
+    return Group(title, "", table)
 
 
 def _text(view: RenderableType, stream: TextIO | None = None) -> str:

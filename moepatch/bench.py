@@ -1,0 +1,199 @@
+"""Times every kind of module of a model on this machine, without its weights: the family's own code and each backend that serves it.
+
+A copy of one module of each pattern gets random weights and runs forward and backward on the size that backends are chosen by. What lies
+inside another module (norms and the attention function inside attention) is timed by itself, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from .kinds import KINDS
+from .layers.attention import NAMES
+from .layers.attention.kind import SetImplementation
+from .measure import TOKENS, best_ms
+from .plan import Pattern, Plan
+from .replica import replica
+
+#: Weights, their gradients, and as much again for what a call makes.
+_COPIES = 3
+#: How long a row takes on the CPU, in seconds, once it has been called.
+_PATIENCE = 1.0
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One row.
+
+    Attributes:
+        pattern, spec: what was timed.
+        modules: how many of them the model has.
+        stack: ``transformers``, or the backend's name.
+        planned: whether it is what the plan has.
+        ms: forward and backward of one module.
+        problem: why there is no time, or None.
+    """
+
+    pattern: str
+    spec: str
+    modules: int
+    stack: str
+    planned: bool
+    ms: float | None
+    problem: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Something to time.
+
+    Attributes:
+        forward: one call; returns the results that have gradients.
+        leaves: what gets gradients.
+    """
+
+    forward: Callable[[], list[Tensor]]
+    leaves: list[Tensor]
+
+    def step(self) -> None:
+        """Forward and backward."""
+        outputs = self.forward()
+        torch.autograd.grad(outputs, self.leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
+
+
+def machine() -> torch.device:
+    """Where models of this machine run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def bench(model: nn.Module, plan: Plan, device: torch.device, tokens: int | None = None) -> Iterator[BenchRow]:
+    """One row for each stack of each pattern that a backend serves here, as soon as it is measured.
+
+    Args:
+        model: on the meta device.
+        plan: made for it.
+        device: where modules are timed.
+        tokens: of one sequence; None: as many as backends are chosen by on a GPU, 256 on the CPU.
+    """
+    tokens = tokens or (TOKENS if device.type == "cuda" else 256)
+    attention = attention_function(plan)
+    for pattern in plan.patterns:
+        kind = KINDS[pattern.site.kind]
+        backends = [choice.backend for choice in pattern.choices if choice.why_not is None and choice.backend != "reference"]
+        if kind.bench is None or not backends:
+            continue
+        # What stands in for a site has no family's code.
+        for backend in [*([] if kind.stand_in else [None]), *backends]:
+            ms, problem = _timed(model, pattern, backend, attention, tokens, device)
+            facts = pattern.name, pattern.site.spec.describe(), len(pattern.sites), backend or "transformers"
+            yield BenchRow(*facts, backend is not None and backend == pattern.backend, ms, problem)
+
+
+def attention_function(plan: Plan) -> str | None:
+    """The backend that a plan has for what attention modules call in their middle."""
+    return next((pattern.backend for pattern in plan.patterns if pattern.site.kind == "attention_function"), None)
+
+
+def piece(
+    model: nn.Module,
+    pattern: Pattern,
+    backend: str | None,
+    attention: str | None,
+    tokens: int,
+    device: torch.device,
+    forward: Callable[[nn.Module], Callable[..., Any]] | None = None,
+) -> Piece:
+    """A module of a pattern with random weights, and a call of it.
+
+    Args:
+        model: has the pattern's modules.
+        backend: None for the family's own code.
+        attention: the backend that a patched attention module calls; the family's calls what the model is configured for.
+        tokens: of the call.
+        device: where it runs.
+        forward: gives the function to call for a module, as ``(module, ...)``; None: its kind's, or its own.
+    """
+    kind, spec, dtype = KINDS[pattern.site.kind], pattern.site.spec, getattr(torch, pattern.site.dtype)
+    module = kind.at_work(model.get_submodule(pattern.site.fqn), spec, backend, lambda original: replica(original, {}, random_weights(device)))
+    if backend is not None and attention is not None and pattern.site.kind in ("attention_block", "latent"):
+        module.config = copy.copy(module.config)
+        SetImplementation(module.config, NAMES[attention]).do()
+    call = kind.bench(spec, dtype, device, torch.Generator().manual_seed(0), tokens).trainable()
+    function = kind.call or (forward(module) if forward is not None else type(module).forward)
+
+    def run() -> list[Tensor]:
+        made = function(module, *call.args, **call.kwargs)
+        return [o for o in tree_flatten(made)[0] if isinstance(o, Tensor) and o.requires_grad]
+
+    return Piece(run, [*call.leaves(), *(p for p in module.parameters() if p.requires_grad)])
+
+
+def random_weights(device: torch.device) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
+    """Fills replicas on a device: matrices as transformers initialises them, vectors around 1."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def fill(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if not tensor.is_floating_point():
+            return torch.zeros(shape, dtype=tensor.dtype, device=device)
+        noise = torch.randn(shape, generator=generator, device=device, dtype=tensor.dtype)
+        return 1 + 0.1 * noise if len(shape) == 1 else 0.02 * noise
+
+    return fill
+
+
+def _timed(model: nn.Module, pattern: Pattern, backend: str | None, attention: str | None, tokens: int, device: torch.device) -> tuple[float | None, str | None]:
+    """Milliseconds, or why there are none."""
+    need, free = _COPIES * _bytes(model, pattern), _free(device)
+    if need > free:
+        return None, f"needs about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
+    try:
+        step = piece(model, pattern, backend, attention, tokens, device).step
+        return round(best_ms(step, device) if device.type == "cuda" else _cpu_ms(step), 4), None
+    except torch.cuda.OutOfMemoryError:
+        return None, "does not fit into the device's memory"
+    except getattr(torch, "AcceleratorError", ()):
+        raise  # the device itself has failed: nothing after this can be trusted
+    except Exception as error:  # a row that cannot run is a row, not the end of the table
+        return None, f"failed ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''})"
+
+
+def _cpu_ms(run: Callable[[], None]) -> float:
+    """The fastest of some calls."""
+    run()
+    end, times = time.perf_counter() + _PATIENCE, []
+    while not times or time.perf_counter() < end and len(times) < 50:
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1000)
+    return min(times)
+
+
+def _bytes(model: nn.Module, pattern: Pattern) -> int:
+    if KINDS[pattern.site.kind].stand_in is not None:
+        return 0
+    return sum(p.numel() * p.element_size() for p in model.get_submodule(pattern.site.fqn).parameters())
+
+
+def _free(device: torch.device) -> int:
+    """Bytes; on Linux with what the system would give up for a program."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
