@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 import moepatch
 from moepatch import trial
-from moepatch.bench import attention_function, piece, random_weights
+from moepatch.bench import attention_function, random_weights
 from moepatch.kinds import KINDS
+from moepatch.piece import piece
 from moepatch.plan import Pattern
 
 #: So many layers show every kind of module that a model has.
@@ -96,7 +97,7 @@ def _stack(
     stack = "transformers" if backend is None else f"moepatch {backend}" + (f", {attention}" if attention else "")
     try:
         eager = trial.eager_forward if backend is None and kind.stand_in is None else None
-        timed_piece = piece(model, pattern, backend, attention, tokens, device, eager)
+        timed_piece = piece(model, pattern, backend, tokens, device, random_weights(device), attention=attention, forward=eager)
         outputs, leaves = timed_piece.forward, timed_piece.leaves
         cotangents = [torch.randn_like(o) for o in outputs()]
         time_both = timed(lambda i: gradients(outputs(), leaves, cotangents), repeats, device)

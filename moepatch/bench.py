@@ -6,7 +6,6 @@ inside another module (norms and the attention function inside attention) is tim
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from .kinds import KINDS
-from .layers.attention import NAMES
-from .layers.attention.kind import SetImplementation
 from .measure import TOKENS, best_ms
+from .piece import piece
 from .plan import Pattern, Plan
-from .replica import replica
 
 #: Weights, their gradients, and as much again for what a call makes.
 _COPIES = 3
@@ -55,24 +51,6 @@ class BenchRow:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Something to time.
-
-    Attributes:
-        forward: one call; returns the results that have gradients.
-        leaves: what gets gradients.
-    """
-
-    forward: Callable[[], list[Tensor]]
-    leaves: list[Tensor]
-
-    def step(self) -> None:
-        """Forward and backward."""
-        outputs = self.forward()
-        torch.autograd.grad(outputs, self.leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
 
 
 def machine() -> torch.device:
@@ -108,40 +86,6 @@ def attention_function(plan: Plan) -> str | None:
     return next((pattern.backend for pattern in plan.patterns if pattern.site.kind == "attention_function"), None)
 
 
-def piece(
-    model: nn.Module,
-    pattern: Pattern,
-    backend: str | None,
-    attention: str | None,
-    tokens: int,
-    device: torch.device,
-    forward: Callable[[nn.Module], Callable[..., Any]] | None = None,
-) -> Piece:
-    """A module of a pattern with random weights, and a call of it.
-
-    Args:
-        model: has the pattern's modules.
-        backend: None for the family's own code.
-        attention: the backend that a patched attention module calls; the family's calls what the model is configured for.
-        tokens: of the call.
-        device: where it runs.
-        forward: gives the function to call for a module, as ``(module, ...)``; None: its kind's, or its own.
-    """
-    kind, spec, dtype = KINDS[pattern.site.kind], pattern.site.spec, getattr(torch, pattern.site.dtype)
-    module = kind.at_work(model.get_submodule(pattern.site.fqn), spec, backend, lambda original: replica(original, {}, random_weights(device)))
-    if backend is not None and attention is not None and pattern.site.kind in ("attention_block", "latent"):
-        module.config = copy.copy(module.config)
-        SetImplementation(module.config, NAMES[attention]).do()
-    call = kind.bench(spec, dtype, device, torch.Generator().manual_seed(0), tokens).trainable()
-    function = kind.call or (forward(module) if forward is not None else type(module).forward)
-
-    def run() -> list[Tensor]:
-        made = function(module, *call.args, **call.kwargs)
-        return [o for o in tree_flatten(made)[0] if isinstance(o, Tensor) and o.requires_grad]
-
-    return Piece(run, [*call.leaves(), *(p for p in module.parameters() if p.requires_grad)])
-
-
 def random_weights(device: torch.device) -> Callable[[Tensor, tuple[int, ...]], Tensor]:
     """Fills replicas on a device: matrices as transformers initialises them, vectors around 1."""
     generator = torch.Generator(device).manual_seed(0)
@@ -161,7 +105,7 @@ def _timed(model: nn.Module, pattern: Pattern, backend: str | None, attention: s
     if need > free:
         return None, f"needs about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
     try:
-        step = piece(model, pattern, backend, attention, tokens, device).step
+        step = piece(model, pattern, backend, tokens, device, random_weights(device), attention=attention).step
         return round(best_ms(step, device) if device.type == "cuda" else _cpu_ms(step), 4), None
     except torch.cuda.OutOfMemoryError:
         return None, "does not fit into the device's memory"

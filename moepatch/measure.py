@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
-from . import registry, store, trial
+from . import registry, store
 from .kinds import KINDS
+from .piece import piece
 from .plan import Pattern, Plan
-from .replica import replica, slice_fill
+from .replica import slice_fill
 
 TOKENS = 4096
 #: Of what is timed and how: another number makes what a machine has measured before void.
@@ -104,25 +104,15 @@ def _decided(pattern: Pattern, times: dict[str, float | str]) -> Pattern:
 
 def _time(model: nn.Module, pattern: Pattern, backend: str) -> float | str:
     """Milliseconds of one forward and backward, or why there are none."""
-    site, kind = pattern.site, KINDS[pattern.site.kind]
-    device, dtype = torch.device(site.device), getattr(torch, site.dtype)
+    device, dtype = torch.device(pattern.site.device), getattr(torch, pattern.site.dtype)
     try:
-        module = kind.at_work(model.get_submodule(site.fqn), site.spec, backend, lambda original: replica(original, {}, slice_fill(dtype)))
-        call = kind.bench(site.spec, dtype, device, torch.Generator().manual_seed(0), TOKENS).trainable()
-        return round(best_ms(lambda: _step(module, call, kind.call), device), 4)
+        return round(best_ms(piece(model, pattern, backend, TOKENS, device, slice_fill(dtype)).step, device), 4)
     except torch.cuda.OutOfMemoryError:
         return _NO_ROOM
     except getattr(torch, "AcceleratorError", ()):
         raise  # the device itself has failed: nothing after this can be trusted
     except Exception as error:  # a library may fail in any way on a shape or a machine that it was not made for
         return f"failed ({type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''})"
-
-
-def _step(module: nn.Module, call: trial.Call, forward: Callable[..., object] | None) -> None:
-    outputs = module.forward(*call.args, **call.kwargs) if forward is None else forward(module, *call.args, **call.kwargs)
-    outputs = [o for o in tree_flatten(outputs)[0] if isinstance(o, torch.Tensor) and o.requires_grad]
-    leaves = [*call.leaves(), *(p for p in module.parameters() if p.requires_grad)]
-    torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
 
 
 def best_ms(run: Callable[[], None], device: torch.device) -> float:

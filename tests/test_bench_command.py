@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 
 import moepatch
 from moepatch import bench, cli
+from moepatch.piece import piece
 from moepatch.source import meta_model
+
+CPU = torch.device("cpu")
 
 
 def command(*args):
@@ -59,12 +62,12 @@ def test_a_module_that_has_no_room_and_one_that_fails(quick, monkeypatch):
     model = meta_model(zoo.config("qwen3_moe"), "here")
     plan = moepatch.plan(model, measure=False)
     monkeypatch.setattr(bench, "_free", lambda device: 2**17)
-    rows = list(bench.bench(model, plan, torch.device("cpu"), 24))
+    rows = list(bench.bench(model, plan, CPU, 24))
     assert [row.problem for row in rows if row.pattern.startswith("experts")] == ["needs about 0.0 GiB, and 0.0 are free"] * 2
     assert any(row.ms for row in rows)
     monkeypatch.setattr(bench, "best_ms", None)
     monkeypatch.setattr(bench, "_cpu_ms", lambda run: 1 / 0)
-    rows = list(bench.bench(model, plan, torch.device("cpu"), 24))
+    rows = list(bench.bench(model, plan, CPU, 24))
     assert {row.problem for row in rows if row.ms is None} >= {"failed (ZeroDivisionError: division by zero)"}
 
 
@@ -73,6 +76,6 @@ def test_the_model_is_left_as_it_was(quick):
     plan = moepatch.plan(model, measure=False)
     before = model.config._attn_implementation, [type(m) for m in model.modules()]
     (pattern,) = [p for p in plan.patterns if p.site.kind == "attention_block"]
-    bench.piece(model, pattern, "reference", "torch", 24, torch.device("cpu")).step()
+    piece(model, pattern, "reference", 24, CPU, bench.random_weights(CPU), attention="torch").step()
     assert (model.config._attn_implementation, [type(m) for m in model.modules()]) == before
     assert all(p.is_meta for p in model.parameters())
