@@ -89,7 +89,7 @@ def measure(name: str, tokens: int, repeats: int, device: torch.device) -> list[
 def stacks(experts: nn.Module, tokens: int) -> list[str]:
     """transformers' own functions, then every backend that serves this layer here. The loop over experts only where it is bearable."""
     (pattern,) = moepatch.plan(experts, measure=False).patterns
-    served = [f"moepatch {choice.backend}" for choice in reversed(pattern.choices) if choice.why_not is None and choice.backend != "reference"]
+    served = [f"moepatch {backend}" for backend in reversed(pattern.available)]
     return [*(["transformers eager"] if tokens <= 4096 else []), "transformers grouped_mm", *served]
 
 

@@ -83,7 +83,7 @@ def layers(name: str, kinds: list[str] | None, tokens: int, repeats: int, device
         matrices = sum(p.numel() for p in model.get_submodule(pattern.site.fqn).parameters() if p.ndim > 1) if kind.stand_in is None else 0
         least = floor_ms(kind.name, pattern.site.spec, matrices, tokens, 2, machine)
         attention = attention_function(plan) if kind.name in ("attention_block", "latent") else None
-        for backend in [None, *(c.backend for c in pattern.choices if c.why_not is None and c.backend != "reference")]:
+        for backend in [None, *pattern.available]:
             yield {"part": "layer", "model": name, "layer": pattern.name, "spec": pattern.site.spec.describe(), "tokens": tokens} | _stack(
                 model, pattern, backend, attention, tokens, repeats, device, least
             )

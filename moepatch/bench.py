@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .kinds import KINDS
-from .measure import TOKENS, best_ms
+from .measure import TOKENS, attempted, best_ms
 from .piece import piece
 from .plan import Pattern, Plan
 
@@ -53,11 +53,6 @@ class BenchRow:
         return asdict(self)
 
 
-def machine() -> torch.device:
-    """Where models of this machine run."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def bench(model: nn.Module, plan: Plan, device: torch.device, tokens: int | None = None) -> Iterator[BenchRow]:
     """One row for each stack of each pattern that a backend serves here, as soon as it is measured.
 
@@ -71,11 +66,10 @@ def bench(model: nn.Module, plan: Plan, device: torch.device, tokens: int | None
     attention = attention_function(plan)
     for pattern in plan.patterns:
         kind = KINDS[pattern.site.kind]
-        backends = [choice.backend for choice in pattern.choices if choice.why_not is None and choice.backend != "reference"]
-        if kind.bench is None or not backends:
+        if kind.bench is None or not pattern.available:
             continue
         # What stands in for a site has no family's code.
-        for backend in [*([] if kind.stand_in else [None]), *backends]:
+        for backend in [*([] if kind.stand_in else [None]), *pattern.available]:
             ms, problem = _timed(model, pattern, backend, attention, tokens, device)
             facts = pattern.name, pattern.site.spec.describe(), len(pattern.sites), backend or "transformers"
             yield BenchRow(*facts, backend is not None and backend == pattern.backend, ms, problem)
@@ -104,15 +98,13 @@ def _timed(model: nn.Module, pattern: Pattern, backend: str | None, attention: s
     need, free = _COPIES * _bytes(model, pattern), _free(device)
     if need > free:
         return None, f"needs about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
-    try:
+
+    def measured() -> float:
         step = piece(model, pattern, backend, tokens, device, random_weights(device), attention=attention).step
-        return round(best_ms(step, device) if device.type == "cuda" else _cpu_ms(step), 4), None
-    except torch.cuda.OutOfMemoryError:
-        return None, "does not fit into the device's memory"
-    except getattr(torch, "AcceleratorError", ()):
-        raise  # the device itself has failed: nothing after this can be trusted
-    except Exception as error:  # a row that cannot run is a row, not the end of the table
-        return None, f"failed ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''})"
+        return best_ms(step, device) if device.type == "cuda" else _cpu_ms(step)
+
+    found = attempted(measured)
+    return (None, found) if isinstance(found, str) else (found, None)
 
 
 def _cpu_ms(run: Callable[[], None]) -> float:

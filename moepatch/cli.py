@@ -116,8 +116,8 @@ def bench(
         warnings.simplefilter("ignore")
         from . import source
         from .bench import bench as timed
-        from .bench import machine
         from .errors import MoePatchError
+        from .needs import best_device
         from .plan import SCHEMA_VERSION, make_plan
 
         try:
@@ -128,7 +128,7 @@ def bench(
             raise typer.Exit(1) from None
         with source.quiet():
             rows = []
-            for row in timed(found, make_plan(found), machine(), tokens):
+            for row in timed(found, make_plan(found), best_device(), tokens):
                 rows.append(row)
                 if sys.stderr.isatty():
                     typer.echo(f"\r\033[K{row.pattern}: {row.stack}", nl=False, err=True)

@@ -18,6 +18,7 @@ from . import api, registry, source
 from .check import check_model
 from .errors import CheckFailed, MoePatchError, PlanMismatch
 from .estimate import Estimate, estimate
+from .needs import best_device
 from .plan import SCHEMA_VERSION, Plan, make_plan
 from .source import Weights
 
@@ -152,7 +153,7 @@ def backend_rows(device: torch.device | None = None, dtype: torch.dtype = torch.
         dtype: of the weights.
     """
     if device is None or device.type == "meta":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = best_device()
     rows = [
         BackendRow(table, backend.name, backend.serves, backend.why_not(None, dtype, device))
         for table in registry.tables()

@@ -32,7 +32,7 @@ METHOD = 2
 #: How much faster than a backend of higher rank another one has to be: clocks are no better than that, and ranks know of host time beside the call.
 MARGIN = 0.05
 _WARM_UP, _ROUNDS, _CALLS = 3, 5, 4
-_FILE, _NO_ROOM = "choices.json", "does not fit beside the model"
+_FILE, _NO_ROOM = "choices.json", "does not fit into the memory that is left"
 
 
 def fastest(model: nn.Module, plan: Plan, stream: TextIO | None = None) -> Plan:
@@ -88,7 +88,7 @@ def _candidates(pattern: Pattern) -> list[str]:
     if kind.bench is None or pattern.backend is None or pattern.why == "chosen by the caller" or not pattern.site.device.startswith("cuda"):
         return []
     ranks = {b.name: b.rank for b in registry.backends(kind.backends)}
-    names = [c.backend for c in pattern.choices if c.why_not is None and c.backend != "reference" and ranks[c.backend] >= 0]
+    names = [name for name in pattern.available if ranks[name] >= 0]
     return names if len(names) > 1 else []
 
 
@@ -105,8 +105,13 @@ def _decided(pattern: Pattern, times: dict[str, float | str]) -> Pattern:
 def _time(model: nn.Module, pattern: Pattern, backend: str) -> float | str:
     """Milliseconds of one forward and backward, or why there are none."""
     device, dtype = torch.device(pattern.site.device), getattr(torch, pattern.site.dtype)
+    return attempted(lambda: best_ms(piece(model, pattern, backend, TOKENS, device, slice_fill(dtype)).step, device))
+
+
+def attempted(measured: Callable[[], float]) -> float | str:
+    """The milliseconds that a measurement returns, or why there are none."""
     try:
-        return round(best_ms(piece(model, pattern, backend, TOKENS, device, slice_fill(dtype)).step, device), 4)
+        return round(measured(), 4)
     except torch.cuda.OutOfMemoryError:
         return _NO_ROOM
     except getattr(torch, "AcceleratorError", ()):

@@ -20,6 +20,11 @@ _INSTALL = {
 }
 
 
+def best_device() -> torch.device:
+    """Where models of this machine run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def missing(
     dtype: torch.dtype,
     device: torch.device,

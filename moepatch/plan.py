@@ -15,6 +15,7 @@ from . import registry
 from .errors import BackendUnavailable, PlanMismatch
 from .kinds import KINDS
 from .match.suspects import suspects
+from .needs import best_device
 from .scan import Scan
 from .site import Refusal, Site
 
@@ -64,6 +65,11 @@ class Pattern:
     def fqns(self) -> tuple[str, ...]:
         """The names of all modules of the pattern, shared ones once."""
         return tuple(site.fqn for site in self.sites)
+
+    @property
+    def available(self) -> tuple[str, ...]:
+        """The backends that can serve on this machine, but for the reference."""
+        return tuple(choice.backend for choice in self.choices if choice.why_not is None and choice.backend != "reference")
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -245,7 +251,7 @@ def _choose(sites: tuple[Site, ...], numerics: str) -> Pattern:
     site, kind = sites[0], KINDS[sites[0].kind]
     dtype, device = getattr(torch, site.dtype), torch.device(site.device)
     # A model on the meta device will run somewhere else: the question is then what this machine could do.
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device.type == "meta" else device
+    device = best_device() if device.type == "meta" else device
     spec = kind.computes(site.spec)
     choices = tuple(Choice(b.name, b.why_not(spec, dtype, device) or _inexact(b, spec, numerics)) for b in registry.backends(kind.backends))
     automatic = [c for c, b in zip(choices, registry.backends(kind.backends), strict=True) if b.rank >= 0]

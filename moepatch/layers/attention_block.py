@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..autocast import autocast_dtype
 from ..kind import Kind
 from ..layout.adjacent import Adjacent
 from ..registry import compute
@@ -184,7 +185,7 @@ class PatchedAttentionBlock(Patched):
         """The result as one function (see `attention_span`); None where a part of it is more than it was, or needs more than kernels without autograd."""
         modules, heads = self._modules, spec.heads if tables is not None else spec.heads.unrotated
         linears = [modules[name] for name in spec.inputs] + [modules[spec.output]]
-        if spec.gate is not None or heads.gated or torch.is_autocast_enabled(x.device.type) or torch_module._has_any_global_hook():
+        if spec.gate is not None or heads.gated or autocast_dtype(x.device) is not None or torch_module._has_any_global_hook():
             return None
         if not all(type(linear) is nn.Linear and is_bare(linear) for linear in linears) or not _as_matched(linears[:-1], spec):
             return None

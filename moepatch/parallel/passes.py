@@ -26,24 +26,23 @@ def part(unit: FSDPModule) -> None:
     _begin_anew(unit._get_fsdp_state(), forget=True)
 
 
-def parts(unit: FSDPModule) -> Iterator[nn.Parameter]:
-    """What the optimizer steps of an FSDP2 unit, also while it is gathered and ``parameters()`` gives something else."""
-    group = unit._get_fsdp_state()._fsdp_param_group
-    yield from () if group is None else (held.sharded_param for held in group.fsdp_params)
+def _groups(model: nn.Module) -> Iterator[Any]:
+    """FSDP2's groups of parameters of the units in a model."""
+    groups = (unit._get_fsdp_state()._fsdp_param_group for unit in model.modules() if isinstance(unit, FSDPModule))
+    return (group for group in groups if group is not None)
 
 
-def gathered(root: FSDPModule) -> dict[int, nn.Parameter]:
+def gathered(model: nn.Module) -> dict[int, nn.Parameter]:
     """What the optimizer steps in place of each parameter of a model that is gathered at the moment, by the gathered one's id."""
-    groups = (state._fsdp_param_group for state in root._get_fsdp_state()._state_ctx.all_states)
-    return {id(held._unsharded_param): held.sharded_param for group in groups if group is not None and group.is_unsharded for held in group.fsdp_params}
+    return {id(held._unsharded_param): held.sharded_param for group in _groups(model) if group.is_unsharded for held in group.fsdp_params}
 
 
-def drop_unreduced(unit: FSDPModule) -> None:
-    """Lets go of gradients of an FSDP2 unit that ranks have not added up yet, such as those of ``no_sync``."""
-    group = unit._get_fsdp_state()._fsdp_param_group
-    for held in () if group is None else group.fsdp_params:
-        held.unsharded_accumulated_grad = None
-        _drop_unsharded(held)
+def drop_unreduced(model: nn.Module) -> None:
+    """Lets go of gradients of a model's FSDP2 units that ranks have not added up yet, such as those of ``no_sync``."""
+    for group in _groups(model):
+        for held in group.fsdp_params:
+            held.unsharded_accumulated_grad = None
+            _drop_unsharded(held)
 
 
 def _drop_unsharded(held: Any) -> None:

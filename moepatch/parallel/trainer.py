@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from ..checkpoint import PatchedModel
-from .passes import drop_unreduced, gathered, parts
+from .passes import drop_unreduced, gathered
 
 
 class ShardedModel(PatchedModel):
@@ -41,20 +41,14 @@ class ShardedModel(PatchedModel):
 
     def named_parameters(self, *args, **kwargs):
         """As any module's, and always what the optimizer steps: a forward pass leaves parameters gathered, which are others."""
-        stepped = gathered(self) if isinstance(self, FSDPModule) else {}
+        stepped = gathered(self)
         for name, parameter in super().named_parameters(*args, **kwargs):
             yield name, stepped.get(id(parameter), parameter)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As any module's; also for parameters that are gathered at the moment, whose gradients lie elsewhere, and for gradients of `no_sync`."""
+        """As any module's, of what `named_parameters` gives; and for gradients of `no_sync`."""
         super().zero_grad(set_to_none)
-        for unit in (module for module in self.modules() if isinstance(module, FSDPModule)):
-            drop_unreduced(unit)
-            for part in parts(unit):
-                if set_to_none or part.grad is None:
-                    part.grad = None
-                else:
-                    part.grad.detach_().zero_()
+        drop_unreduced(self)
 
     @contextmanager
     def no_sync(self):
