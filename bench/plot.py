@@ -20,6 +20,7 @@ _COLOURS = {
     "transformers": "#b9bec7",
     "transformers-liger": "#8f97a6",
     "transformers-ep": "#6b7383",
+    "transformers-v4": "#454b57",
     "moepatch-experts": "#7cc4b5",
     "moepatch": "#0b8a74",
     "automodel": "#d9a441",

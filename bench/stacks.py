@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import stack_automodel
 import stack_deepspeed
+import stack_v4
 import torch.distributed as dist
 import transformers
 from stack_base import NotServed, Setting, Stack
@@ -114,6 +115,7 @@ STACKS: dict[str, Stack] = {
         Stack("transformers", _transformers),
         Stack("transformers-liger", _liger, _needs("liger_kernel")),
         Stack("transformers-ep", _transformers_ep, _needs_own_ep),
+        Stack("transformers-v4", stack_v4.prepare),
         Stack("moepatch-experts", _moepatch_experts),
         Stack("moepatch", _moepatch),
         Stack("automodel", stack_automodel.prepare, _needs("nemo_automodel"), weights_first=False),

@@ -25,6 +25,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -126,27 +127,43 @@ def _isolated(arguments: argparse.Namespace) -> list[dict]:
                 # Children meet by themselves: the store that torchrun holds still belongs to their parents.
                 environment |= {"MASTER_PORT": str(int(environment["MASTER_PORT"]) + 1 + index), "TORCHELASTIC_USE_AGENT_STORE": "False"}
             command = [sys.executable, __file__, *given, "--stacks", name, "--out", str(out), "--plot", "", "--quiet"]
+            began = time.monotonic()
             code = subprocess.run(command, env=environment, check=False).returncode
+            seconds = time.monotonic() - began
             found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
         if int(os.environ.get("RANK", 0)) == 0:
-            lost = {"stack": name, "status": "failed", "why": f"its process ended with {code}", "model": arguments.model, **machine(torch.device("cpu"))}
-            for row in found or [lost]:
+            for row in found or [_lost(name, code, seconds, arguments)]:
                 rows.append(row)
                 _write(arguments.out, row)
     return rows
 
 
+def _lost(name: str, code: int, seconds: float, arguments: argparse.Namespace) -> dict:
+    """The row of a stack whose process has written none: it died, or it hung and was ended."""
+    why = f"its process ended with {code}"
+    if seconds > arguments.timeout:
+        why = f"hung: it was ended after {arguments.timeout:g} s (--timeout), and the traceback says where it was"
+    layers = make_config(arguments.model, arguments.layers, arguments.tiny).num_hidden_layers
+    return {"stack": name, "status": "failed", "why": why, "layers": layers, **_facts(arguments, _setting(arguments))}
+
+
+def _setting(arguments: argparse.Namespace) -> Setting:
+    """Of the run, as torchrun and the command line say."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return Setting(world, arguments.ep or world, device, _options(arguments.options))
+
+
 def _start(arguments: argparse.Namespace) -> Setting:
     """Joins the ranks that torchrun has started, if it has."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    setting = _setting(arguments)
+    gpu = setting.device.type == "cuda"
     if gpu:
-        torch.cuda.set_device(device)
-    if world > 1:
+        torch.cuda.set_device(setting.device)
+    if setting.world > 1:
         patience = datetime.timedelta(seconds=arguments.timeout)
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=device if gpu else None)
-    return Setting(world, arguments.ep or world, device, _options(arguments.options))
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=patience, device_id=setting.device if gpu else None)
+    return setting
 
 
 def _options(words: list[str]) -> dict:

@@ -8,7 +8,9 @@ from pathlib import Path
 import fake_stacks
 import pytest
 import torch
+from ranks import on_ranks
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
@@ -17,11 +19,12 @@ import models
 import stack_automodel
 import stack_base
 import stack_deepspeed
+import stack_v4
 import step
 from step_weights import materialise, meta_model
 
 from moepatch import balanced_routing
-from moepatch.routing import balanced_deal, hot_deal
+from moepatch.routing import balanced_deal, hot_deal, hot_routing
 
 CPU = torch.device("cpu")
 QUICK = ["--tiny", "--repeats", "1", "--warmup", "0"]
@@ -145,3 +148,55 @@ def test_deepspeed_without_a_preset_is_not_served(monkeypatch):
     model = meta_model(models.make_config("gpt-oss-20b", tiny=True), torch.float32)
     with pytest.raises(stack_base.NotServed, match="no preset for gpt_oss"):
         stack_deepspeed.prepare(model, stack_base.Setting(2, 2, CPU))
+
+
+def test_a_loop_over_a_list_of_experts_computes_what_transformers_does():
+    rows = step.main([*QUICK, "--stacks", "transformers", "transformers-v4", "--dtype", "float32"])
+    assert [row["status"] for row in rows] == ["ok", "ok"], rows
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], abs=1e-5) and "experts: a loop over a list" in rows[1]["uses"]
+
+
+def test_the_loop_is_forced_and_has_the_gradients_of_the_fused_experts():
+    fused, listed = (meta_model(models.make_config("Qwen3-30B-A3B", tiny=True), torch.float32) for _ in range(2))
+    for model in (fused, listed):
+        materialise(model, CPU, 0)
+    own = stack_v4.prepare(listed, stack_base.Setting(1, 1, CPU))
+    ids = torch.randint(128, (1, 24))
+    with stack_base.forced(own, hot_deal(3)), hot_routing(fused, 3):
+        own(ids, ids).loss.backward()
+        fused(input_ids=ids, labels=ids).loss.backward()
+    for ours, theirs in zip(own.model.model.layers, fused.model.layers, strict=True):
+        torch.testing.assert_close(ours.mlp.gate.weight.grad, theirs.mlp.gate.weight.grad)
+        for index, expert in enumerate(ours.mlp.experts.experts):
+            # An expert that no token chose was not called.
+            gate, up, down = (torch.zeros_like(p) if p.grad is None else p.grad for p in expert.parameters())
+            torch.testing.assert_close(torch.cat([gate, up]), theirs.mlp.experts.gate_up_proj.grad[index])
+            torch.testing.assert_close(down, theirs.mlp.experts.down_proj.grad[index])
+
+
+def test_on_several_ranks_every_expert_of_the_loop_is_a_unit_of_its_own():
+    for units, loss in on_ranks(2, _looped):
+        assert units == 2 * 8 + 2 + 1 and 4 < loss < 6
+
+
+def _looped():
+    sys.path.insert(0, str(BENCH))
+    import models
+    import stack_base
+    import stack_v4
+    from step_weights import meta_model
+
+    own = stack_v4.prepare(meta_model(models.make_config("Qwen3-30B-A3B", tiny=True), torch.float32), stack_base.Setting(2, 2, CPU))
+    own.fill(CPU, 0)
+    ids = torch.arange(64).view(1, 64)
+    with stack_base.forced(own, balanced_deal(0)):
+        loss = own(ids, ids).loss
+        loss.backward()
+    assert all(p.grad is not None for p in own.parameters())
+    return sum(isinstance(m, FSDPModule) for m in own.modules()), loss.item()
+
+
+def test_experts_that_were_no_list_are_not_served():
+    model = meta_model(models.make_config("gpt-oss-20b", tiny=True), torch.float32)
+    with pytest.raises(stack_base.NotServed, match="gpt_oss are no list"):
+        stack_v4.prepare(model, stack_base.Setting(1, 1, CPU))

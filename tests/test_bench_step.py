@@ -29,6 +29,8 @@ KEYS = {
     "stack", "status", "model", "layers", "batch", "seq", "routing", "dtype", "seed", "warmup", "repeats", "checkpointing", "tiny", "ranks", "ep",
     "options", "device", "versions", "date", "command", "params", "active_params", "gflops_per_token", "seconds",
 }  # fmt: skip
+#: What is known of a stack only where its process has counted.
+SHAPE = {"params", "active_params", "gflops_per_token"}
 MEASURED = {"forward_ms", "backward_ms", "step_ms", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "peak_gib", "activations_gib", "held_gib", "loss", "uses"}
 
 
@@ -76,6 +78,17 @@ def test_a_process_that_dies_is_reported(monkeypatch):
     monkeypatch.setattr(step.sys, "executable", "/bin/false")
     (row,) = step.main(["--tiny", "--isolate", "--stacks", "transformers"])
     assert row["status"] == "failed" and "ended with 1" in row["why"]
+
+
+def test_a_process_that_hung_is_reported(monkeypatch, tmp_path):
+    class Ended:
+        returncode = 1
+
+    monkeypatch.setattr(step.subprocess, "run", lambda *args, **kwargs: time.sleep(0.1) or Ended)
+    out = tmp_path / "rows.jsonl"
+    (row,) = step.main(["--tiny", "--isolate", "--stacks", "transformers-v4", "--timeout", "0.05", "--out", str(out)])
+    assert row["status"] == "failed" and row["why"].startswith("hung: it was ended after 0.05 s") and set(row) >= KEYS - SHAPE - {"seconds"}
+    assert json.loads(out.read_text()) == row
 
 
 @pytest.mark.parametrize("model", sorted(models.CONFIGS))
