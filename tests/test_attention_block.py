@@ -263,6 +263,17 @@ def check_rows():
     assert sum(rope._shares(100_003, spec, 32, 264)) > 250
 
 
+def check_turned(spec, table, dtype=torch.float32, device="cpu", **shape):
+    """In place: the heads that the other way returns, to the bit, and nothing else moved."""
+    from moepatch.kernels.rope import heads_forward, turn_heads
+
+    joint, _, _, cos, sin = operands(spec, table, dtype, device, **shape)
+    q, k = heads_forward(joint, spec, None, None, cos, sin)
+    turned = joint.clone()
+    turn_heads(turned, spec, cos, sin)
+    assert torch.equal(turned, torch.cat((q.flatten(2), k.flatten(2), joint[..., -spec.splits[2] :]), -1)), (spec, table)
+
+
 def check_kernels():
     from moepatch.layers.attention_block_backends import triton_heads
 
@@ -270,6 +281,9 @@ def check_kernels():
     for spec, table in specs():
         check_heads(triton_heads, spec, table, torch.float32)
         cases += 1
+        if spec.norm is None and spec.rope != "none" and not spec.gated:
+            check_turned(spec, table)
+            cases += 1
     for place in ("head", "full"):  # the interpreter rounds towards zero
         check_heads(triton_heads, HeadsSpec(4, 2, 16, 16, HeadNorm(place, 1e-5, 0.0, True), "half"), 16, torch.bfloat16, slack=3.5)
         cases += 1

@@ -13,7 +13,7 @@ import pytest
 import test_attention_block
 import torch
 from attention_twin import visible
-from test_attention_span import at_once, heads_backward, heads_forward, patched
+from test_attention_span import at_once, heads_backward, heads_forward, patched, turn_heads
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -100,6 +100,7 @@ def test_attention_modules_go_at_once(name, library, monkeypatch):
     span, done = attention_block.attention_span, []
     monkeypatch.setattr(attention_block, "attention_span", lambda *args: done.append(1) or span(*args))
     monkeypatch.setattr(kernels, "heads_forward", heads_forward)
+    monkeypatch.setattr(kernels, "turn_heads", turn_heads)
     monkeypatch.setattr(kernels, "heads_backward", heads_backward)
     try:
         model, blocks = patched(name)

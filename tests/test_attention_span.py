@@ -66,6 +66,11 @@ def heads_forward(*args):
     return q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
 
 
+def turn_heads(joint, spec, cos, sin):
+    q, k, *_ = reference_heads(joint, spec, None, None, cos, sin)
+    joint[..., : sum(spec.splits[:2])] = torch.cat([t.transpose(1, 2).flatten(2) for t in (q, k)], -1)
+
+
 def heads_backward(joint, spec, q_weight, k_weight, cos, sin, grads):
     shape = grads[0].shape[0], grads[0].shape[2], sum(spec.splits)
     leaves = [t if t is None else t.detach().requires_grad_() for t in (joint if joint is not None else torch.zeros(shape), q_weight, k_weight)]
@@ -92,7 +97,7 @@ def calls(monkeypatch):
         return span(*args)
 
     span = attention_block.attention_span
-    for name, function in (("heads_forward", heads_forward), ("heads_backward", heads_backward)):
+    for name, function in (("heads_forward", heads_forward), ("turn_heads", turn_heads), ("heads_backward", heads_backward)):
         monkeypatch.setattr(kernels, name, function)
     monkeypatch.setattr(attention_block, "direct", direct)
     monkeypatch.setattr(attention_block, "attention_span", counted)

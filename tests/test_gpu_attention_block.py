@@ -8,7 +8,7 @@ import compare
 import pytest
 import torch
 import transformers
-from test_attention_block import check_heads, heads_and_grads, operands, patch, specs
+from test_attention_block import check_heads, check_turned, heads_and_grads, operands, patch, specs
 
 from moepatch.layers.rope import HeadNorm, HeadsSpec, reference_heads
 
@@ -39,6 +39,12 @@ def heads():
 def test_bf16_heads_of_model_shapes(name):
     spec, table = SHAPES[name]
     check_heads(heads(), spec, table, torch.bfloat16, device="cuda", sequence=129)
+
+
+@pytest.mark.parametrize("name", [name for name, (spec, _) in SHAPES.items() if spec.norm is None and spec.rope != "none"])
+def test_heads_without_a_norm_are_turned_where_they_are(name):
+    spec, table = SHAPES[name]
+    check_turned(spec, table, torch.bfloat16, "cuda", sequence=129)
 
 
 def test_small_heads_of_every_style_in_fp32():

@@ -42,7 +42,7 @@ class _Launch:
     """What is constant for a spec and a width of the tables: the kernels, and how their grids are laid.
 
     Attributes:
-        forward, backward, reduce: the kernels.
+        forward, turn, backward, reduce: the kernels; `turn` is the forward without a norm, in place.
         full: whether all heads of a token are normed together.
         groups, backward_groups: of heads, each a program of its own.
         block: tokens of a program.
@@ -53,6 +53,7 @@ class _Launch:
     """
 
     forward: Prepared
+    turn: Prepared
     backward: Prepared
     reduce: Prepared
     full: bool
@@ -93,7 +94,8 @@ def _launch(spec: HeadsSpec, table: int) -> _Launch:
     numbers = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     weights = numbers if full else (spec.head_dim, spec.head_dim)
     return _Launch(
-        forward=Prepared(forward_kernel, **constants),
+        forward=Prepared(forward_kernel, IN_PLACE=False, **constants),
+        turn=Prepared(forward_kernel, IN_PLACE=True, **{**constants, "REST": 0, "REST2": 0}),
         backward=Prepared(
             backward_kernel, DV2=triton.next_power_of_2(spec.value_dim), D2=triton.next_power_of_2(spec.head_dim), **constants
         ),
@@ -126,6 +128,18 @@ def heads_forward(joint: Tensor, spec: HeadsSpec, q_weight, k_weight, cos, sin) 
     d = spec.head_dim
     q = out.as_strided((batch, sequence, spec.heads, d), (sequence * queries, queries, d, 1))
     return q, out.as_strided((batch, sequence, spec.kv_heads, d), (sequence * keys, keys, d, 1), tokens * queries)
+
+
+def turn_heads(joint: Tensor, spec: HeadsSpec, cos: Tensor, sin: Tensor) -> None:
+    """Rotates the query and key heads of a joint projection ``[B, S, N]``, of heads without a norm, where they are."""
+    batch, sequence, _ = joint.shape
+    tokens = batch * sequence
+    laid = _launch(spec, cos.shape[-1])
+    if tokens:
+        laid.turn(
+            (-(-tokens // laid.block), laid.groups),
+            joint, None, None, cos, sin, joint, tokens, sequence, joint.stride(1), *_table_strides(cos, sin), laid.eps,
+        )  # fmt: skip
 
 
 def heads_backward(

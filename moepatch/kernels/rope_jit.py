@@ -24,8 +24,9 @@ def forward_kernel(
     joint, q_weight, k_weight, cos, sin, out, tokens, sequence, joint_row, cos_batch, cos_row, sin_batch, sin_row, eps, HQ: tl.constexpr,
     HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, Q_STEP: tl.constexpr, R2: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     REST2: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, STEP: tl.constexpr, SECOND: tl.constexpr, NORM: tl.constexpr,
-    OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+    OFFSET: tl.constexpr, CAST_FIRST: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
+    """With ``IN_PLACE`` `out` is not used: the heads are written over those of the projection."""
     group = tl.program_id(1)
     token = (tl.program_id(0) * BT + tl.arange(0, BT))[:, None]
     here = token < tokens
@@ -43,7 +44,9 @@ def forward_kernel(
     begin = tl.multiple_of(tl.where(is_q, 0, tokens.to(tl.int64) * (HQ * D)), ALIGN)
     out_row = tl.multiple_of(tl.where(is_q, HQ * D, HK * D), ALIGN)
     x = joint + row * joint_row + column + first_head * step
-    into = out + begin + row * out_row + first_head * D
+    into, into_step = out + begin + row * out_row + first_head * D, D
+    if IN_PLACE:
+        into, into_step = x, step
     if NORM == 2:
         total = sum_all_heads(x, here, heads, step, D, R2, HALF, REST, REST2, INTERLEAVED, BT)
         rstd = tl.rsqrt(total / (heads * D) + eps)
@@ -51,8 +54,8 @@ def forward_kernel(
         while head < heads:
             w_1, w_2, w_3 = load_weight(q_weight, k_weight, head * D, is_q, OFFSET, R2, HALF, REST, REST2, INTERLEAVED)
             one_head(
-                x + head * step, into + head * D, here, rstd, w_1, w_2, w_3, cos_1, sin_1, cos_2, sin_2, eps, D, R2, HALF, REST, REST2,
-                ROPE, INTERLEAVED, NORM, CAST_FIRST,
+                x + head * step, into + head * into_step, here, rstd, w_1, w_2, w_3, cos_1, sin_1, cos_2, sin_2, eps, D, R2, HALF, REST,
+                REST2, ROPE, INTERLEAVED, NORM, CAST_FIRST, IN_PLACE,
             )  # fmt: skip
             head += 1
     else:
@@ -62,8 +65,8 @@ def forward_kernel(
             w_1, w_2, w_3 = load_weight(q_weight, k_weight, 0, is_q, OFFSET, R2, HALF, REST, REST2, INTERLEAVED)
         for head in tl.static_range(BH):
             one_head(
-                x + head * step, into + head * D, here, rstd, w_1, w_2, w_3, cos_1, sin_1, cos_2, sin_2, eps, D, R2, HALF, REST, REST2,
-                ROPE, INTERLEAVED, NORM, CAST_FIRST,
+                x + head * step, into + head * into_step, here, rstd, w_1, w_2, w_3, cos_1, sin_1, cos_2, sin_2, eps, D, R2, HALF, REST,
+                REST2, ROPE, INTERLEAVED, NORM, CAST_FIRST, IN_PLACE,
             )  # fmt: skip
 
 

@@ -174,8 +174,9 @@ def sum_all_heads(
 def one_head(
     x, out, here, rstd, w_1, w_2, w_3, cos_1, sin_1, cos_2, sin_2, eps, D: tl.constexpr, R2: tl.constexpr, HALF: tl.constexpr,
     REST: tl.constexpr, REST2: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, CAST_FIRST: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Forward of one head of a block of tokens; `rstd` is used by a full norm only."""
+    """Forward of one head of a block of tokens; `rstd` is used by a full norm only. With ``IN_PLACE`` `out` is `x`."""
     dtype: tl.constexpr = x.dtype.element_ty
     y_1, y_2 = load_pairs(x, here, R2, HALF, INTERLEAVED)
     y_3 = _load_rest(x + 2 * R2, here, REST, REST2)
@@ -189,6 +190,8 @@ def one_head(
         y_3 = _rounded(y_3 * rstd[:, None], dtype, CAST_FIRST) * w_3
     if NORM != 3:
         y_1, y_2 = turn(y_1, y_2, cos_1, sin_1, cos_2, sin_2, ROPE)
+    if IN_PLACE:  # where a tile is small, several threads load the same numbers
+        tl.debug_barrier()
     store_pairs(out, here, y_1, y_2, R2, HALF, INTERLEAVED)
     _store_rest(out + 2 * R2, here, y_3, REST, REST2)
 

@@ -111,12 +111,14 @@ class _Span(torch.autograd.Function):
 
 def _split(joint: Tensor, heads: HeadsSpec, q_norm, k_norm, cos, sin) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``[B, S, heads, D]``."""
-    from ..kernels.rope import heads_forward
+    from ..kernels.rope import heads_forward, turn_heads
 
     to_keys, keys, values = heads.splits
-    if heads.touched:
+    if heads.norm:
         q, k = heads_forward(joint, heads, q_norm, k_norm, cos, sin)
     else:
+        if heads.touched:  # nobody else has seen the projection, and the backward pass does not need it
+            turn_heads(joint, heads, cos, sin)
         q, k = _part(joint, 0, to_keys, heads.heads), _part(joint, to_keys, keys, heads.kv_heads)
     return q, k, _part(joint, to_keys + keys, values, heads.kv_heads)
 
