@@ -1,8 +1,8 @@
 """transformers v4's way with experts: a list of MLPs, and a loop over those that some token has chosen.
 
 Where the list is sharded with FSDP2, each expert is a unit of its own, as in the v4 column of the article that is answered here: then a rank gathers only
-the experts that its own tokens have chosen. Ranks that choose differently do not gather the same, and wait for each other for ever (``--timeout``); with
-`balanced` routing all ranks choose all experts and it runs.
+the experts that its own tokens have chosen. Ranks that choose differently do not gather the same, and in the end wait for each other for ever
+(``--isolate --timeout``). With `balanced` routing all ranks choose all experts, and it runs.
 
 Everything else is transformers' installed version. Experts have names of their own here, and so on several ranks other random weights of the same scale.
 """

@@ -139,10 +139,10 @@ def _isolated(arguments: argparse.Namespace) -> list[dict]:
 
 
 def _lost(name: str, code: int, seconds: float, arguments: argparse.Namespace) -> dict:
-    """The row of a stack whose process has written none: it died, or it hung and was ended."""
+    """The row of a stack whose process has written none: it died, or it was ended because it was too slow or waited for ever."""
     why = f"its process ended with {code}"
     if seconds > arguments.timeout:
-        why = f"hung: it was ended after {arguments.timeout:g} s (--timeout), and the traceback says where it was"
+        why = f"took longer than {arguments.timeout:g} s (--timeout), or waited for ever; its traceback says where it was"
     layers = make_config(arguments.model, arguments.layers, arguments.tiny).num_hidden_layers
     return {"stack": name, "status": "failed", "why": why, "layers": layers, **_facts(arguments, _setting(arguments))}
 

@@ -80,14 +80,14 @@ def test_a_process_that_dies_is_reported(monkeypatch):
     assert row["status"] == "failed" and "ended with 1" in row["why"]
 
 
-def test_a_process_that_hung_is_reported(monkeypatch, tmp_path):
+def test_a_process_that_was_ended_is_reported(monkeypatch, tmp_path):
     class Ended:
         returncode = 1
 
     monkeypatch.setattr(step.subprocess, "run", lambda *args, **kwargs: time.sleep(0.1) or Ended)
     out = tmp_path / "rows.jsonl"
     (row,) = step.main(["--tiny", "--isolate", "--stacks", "transformers-v4", "--timeout", "0.05", "--out", str(out)])
-    assert row["status"] == "failed" and row["why"].startswith("hung: it was ended after 0.05 s") and set(row) >= KEYS - SHAPE - {"seconds"}
+    assert row["status"] == "failed" and row["why"].startswith("took longer than 0.05 s (--timeout)") and set(row) >= KEYS - SHAPE - {"seconds"}
     assert json.loads(out.read_text()) == row
 
 
