@@ -57,15 +57,19 @@ def main() -> None:
 
 
 def comparison(rows: list[dict], path: str) -> None:
-    """Grouped bars: tok/s/GPU above, peak memory below (what the forward keeps is hatched); one group per shape, the last run of a stack counts."""
+    """Grouped bars: tok/s/GPU above, peak memory below (what the forward keeps is hatched); one group per shape, the last run of a stack counts.
+
+    A stack that had too little memory for a shape has an empty place there that says so.
+    """
     measured = [row for row in rows if row["status"] == "ok"]
     if not measured:
         return
     groups = list(dict.fromkeys(_shape(row) for row in measured))
     stacks = [name for name in dict.fromkeys([*_COLOURS, *(row["stack"] for row in measured)]) if any(row["stack"] == name for row in measured)]
     found = {(_shape(row), row["stack"]): row for row in measured}
+    without = {(_shape(row), row["stack"]) for row in rows if "OutOfMemory" in row.get("why", "")} - set(found)
     memory = any(row["peak_gib"] for row in measured)
-    places, ticks, end = _places(groups, stacks, found)
+    places, ticks, end = _places(groups, stacks, {*found, *without})
     figure = Figure(figsize=(max(7.0, 1.2 + 0.62 * end), 7.2 if memory else 4.6), dpi=150, layout="constrained")
     axes = figure.subplots(2 if memory else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2] if memory else [1])[:, 0]
     for stack in stacks:
@@ -77,6 +81,8 @@ def comparison(rows: list[dict], path: str) -> None:
         axes[0].bar_label(bars, labels, padding=2, fontsize=8, color=_INK)
         if memory:
             _memory(axes[1], at, shown, _BAR, _COLOURS.get(stack, "#777777"))
+    for key in without & set(places):
+        axes[0].text(places[key], 0, f" {key[1]}: out of memory", rotation=90, ha="center", va="bottom", fontsize=8, color=_GREY)
     _dress(axes[0], "tokens per second and GPU")
     if memory:
         _dress(axes[1], "peak memory, GiB\n(hatched: kept by the forward)")
@@ -87,11 +93,11 @@ def comparison(rows: list[dict], path: str) -> None:
     figure.savefig(path)
 
 
-def _places(groups: list[tuple], stacks: list[str], found: dict[tuple, dict]) -> tuple[dict[tuple, float], list[float], float]:
-    """Where the bars of a group and a stack stand, side by side without a gap for stacks that were not measured; each group's middle; the right end."""
+def _places(groups: list[tuple], stacks: list[str], shown: set[tuple]) -> tuple[dict[tuple, float], list[float], float]:
+    """Where the bars of a group and a stack stand, side by side without a gap for stacks that have none; each group's middle; the right end."""
     places, ticks, end = {}, [], 0.0
     for group in groups:
-        present = [stack for stack in stacks if (group, stack) in found]
+        present = [stack for stack in stacks if (group, stack) in shown]
         room = max(len(present), _NARROWEST)
         for i, stack in enumerate(present):
             places[group, stack] = end + (room - len(present)) / 2 + i + 0.5

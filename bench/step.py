@@ -130,7 +130,7 @@ def _isolated(arguments: argparse.Namespace) -> list[dict]:
             began = time.monotonic()
             code = subprocess.run(command, env=environment, check=False).returncode
             seconds = time.monotonic() - began
-            found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+            found = [{**json.loads(line), "command": _command(arguments)} for line in out.read_text().splitlines()] if out.exists() else []
         if int(os.environ.get("RANK", 0)) == 0:
             for row in found or [_lost(name, code, seconds, arguments)]:
                 rows.append(row)
@@ -277,11 +277,16 @@ def _used(model) -> dict:
 def _facts(arguments: argparse.Namespace, setting: Setting) -> dict:
     """What somebody needs to run it again."""
     shared = ("model", "batch", "seq", "routing", "options", "dtype", "seed", "warmup", "repeats", "checkpointing", "tiny")
-    launcher = ["python"] if setting.world == 1 else ["torchrun", "--nproc-per-node", str(setting.world)]
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    command = shlex.join([*launcher, "bench/step.py", *arguments.given])
     where = {"ranks": setting.world, "ep": setting.ep, **machine(setting.device)}
-    return {**{key: vars(arguments)[key] for key in shared}, **where, "date": when, "command": command}
+    return {**{key: vars(arguments)[key] for key in shared}, **where, "date": when, "command": _command(arguments)}
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What was typed."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["python"] if world == "1" else ["torchrun", "--nproc-per-node", world]
+    return shlex.join([*launcher, "bench/step.py", *arguments.given])
 
 
 def _in_words(row: dict) -> str:

@@ -58,6 +58,15 @@ def test_end_to_end(tmp_path, capsys):
         assert png.stat().st_size > 5000 and png.with_name("plot-waterfall.png").stat().st_size > 5000
 
 
+def test_a_stack_without_memory_has_a_place_in_the_plot(tmp_path):
+    plot = pytest.importorskip("plot", reason="plots need matplotlib")
+    rows = step.main(["--tiny", "--stacks", "moepatch-experts", "transformers", "--repeats", "1", "--warmup", "0"])
+    rows[1] = {**rows[1], "status": "failed", "why": "OutOfMemoryError: CUDA out of memory."}
+    plot.comparison(rows, tmp_path / "one.png")
+    places, *_ = plot._places([plot._shape(rows[0])], ["transformers", "moepatch-experts"], {(plot._shape(r), r["stack"]) for r in rows})
+    assert len(places) == 2 and (tmp_path / "one.png").stat().st_size > 5000
+
+
 def test_a_stack_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(BENCH.parent), os.environ.get("PYTHONPATH", "")]))
@@ -66,6 +75,7 @@ def test_a_stack_in_a_process_of_its_own(tmp_path, monkeypatch):
     (row,) = step.main(words)
     assert json.loads(out.read_text()) == row
     assert (row["stack"], row["status"], row["routing"], row["checkpointing"]) == ("moepatch-experts", "ok", "hot", True)
+    assert row["command"] == " ".join(["python bench/step.py", *words])
 
 
 def test_options_reach_optimize(capsys):
