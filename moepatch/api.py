@@ -80,7 +80,8 @@ def optimize(
             ``$MOEPATCH_CACHE``, else in the user's cache directory.
         compile: ``"regional"`` compiles every decoder layer with ``torch.compile``, in place. Norms, residual sums, rope and dense MLPs are plain
             torch then, which it fuses by itself; the report counts its graphs.
-        overrides: a backend by table, for example ``experts="reference"``; None leaves that table's modules alone (``loss=None``).
+        overrides: a backend by table, for example ``experts="reference"``, which has to serve something; None leaves that table's modules
+            alone (``loss=None``).
 
     Returns:
         The same object. `report(model)` says what was done; `restore(model)` undoes it.

@@ -125,7 +125,7 @@ class Plan:
 
         Raises:
             BackendUnavailable: it does not exist, or cannot serve; the message says why.
-            PlanMismatch: there is no such table.
+            PlanMismatch: there is no such table, or a backend is chosen where the plan has no module of its table.
         """
         for table in tables:
             if table not in OVERRIDES:
@@ -133,9 +133,11 @@ class Plan:
         patterns = list(self.patterns)
         for table, name in tables.items():
             at = [i for i, p in enumerate(patterns) if KINDS[p.site.kind].backends == table]
-            if name is not None and not at and any(kind.on_request and kind.backends == table for kind in KINDS.values()):
-                raise PlanMismatch(f"The plan has nothing that {table}={name!r} could serve: no module of that kind, or the plan was made without {table}=.")
-            asked = [_with_backend(patterns[i], table, name) for i in at]
+            if name is not None:
+                registry.backend(table, name)  # a name that nobody has is an error of its own
+                if not at:
+                    raise self._without_effect(table, name)
+            asked = [_with_backend(patterns[i], name) for i in at]
             # The dense half has many patterns, of which a library serves some: those that it does not serve keep theirs.
             refused = [a for a in asked if isinstance(a, BackendUnavailable)]
             if refused and (len(refused) == len(asked) or not KINDS[patterns[at[0]].site.kind].dense):
@@ -143,6 +145,15 @@ class Plan:
             for i, answer in zip(at, asked, strict=True):
                 patterns[i] = answer if isinstance(answer, Pattern) else replace(patterns[i], why=f"not the one asked for: {answer}")
         return replace(self, patterns=tuple(patterns))
+
+    def _without_effect(self, table: str, name: str) -> PlanMismatch:
+        """The error for a backend that was asked for where the plan has no module of its table; says what there is instead."""
+        unmade = f", or the plan was made without {table}=" if any(kind.on_request and kind.backends == table for kind in KINDS.values()) else ""
+        has = ", ".join(dict.fromkeys(KINDS[p.site.kind].backends for p in self.patterns)) or "no kind"
+        return PlanMismatch(
+            f"The plan has nothing that {table}={name!r} could serve: no module of that kind that moepatch takes{unmade}. "
+            f"It has modules of: {has}. Without {table}= the report says what is left alone, and why."
+        )
 
     def without_dense(self) -> Plan:
         """The plan with everything but the mixture of experts left alone."""
@@ -204,7 +215,7 @@ def make_plan(
     Kinds that exist on request are part of it if their table is in `overrides` or `asked`.
 
     Raises:
-        PlanMismatch: `numerics` is neither ``exact`` nor ``relaxed``, or an override names no table.
+        PlanMismatch: `numerics` is neither ``exact`` nor ``relaxed``, or an override names no table or one without modules.
         BackendUnavailable: an override that cannot serve.
     """
     if numerics not in NUMERICS:
@@ -268,10 +279,9 @@ def _inexact(backend: registry.Backend, spec: Any, numerics: str) -> str | None:
     return None if numerics == "relaxed" or backend.exact(spec) else "rounds elsewhere than this module does (numerics='relaxed' allows it)"
 
 
-def _with_backend(pattern: Pattern, table: str, name: str | None) -> Pattern | BackendUnavailable:
+def _with_backend(pattern: Pattern, name: str | None) -> Pattern | BackendUnavailable:
     """The pattern with the backend that the caller asked for, or why it cannot have it."""
     if name is not None:
-        registry.backend(table, name)
         why_not = next(c.why_not for c in pattern.choices if c.backend == name)
         if why_not is not None:
             return BackendUnavailable(f"{pattern.site.fqn}: the backend {name!r} cannot serve {pattern.site.spec.describe()}: {why_not}.")

@@ -183,6 +183,15 @@ def test_unknown_options_and_backends_are_refused_with_what_exists(qwen3):
     refused(qwen3, moepatch.BackendUnavailable, r"No backend named 'cutlass' for 'experts'\. There are: quack, triton, torch, reference, te, te_fp8\.", experts="cutlass")
 
 
+def test_a_backend_that_nothing_is_there_for_is_refused(qwen3):
+    has = r".* takes\. It has modules of: experts, .*norm"
+    refused(qwen3, moepatch.PlanMismatch, r"nothing that mlp='torch' could serve: no module of that kind" + has, mlp="torch")
+    refused(qwen3, moepatch.PlanMismatch, r"nothing that ssd='triton' could serve" + has, ssd="triton", plan=moepatch.plan(qwen3))
+    refused(qwen3, moepatch.BackendUnavailable, r"No backend named 'turbo' for 'ssd'\. There are: triton", ssd="turbo")
+    refused(nn.Linear(2, 2), moepatch.PlanMismatch, r"nothing that experts='torch' could serve.*It has modules of: no kind\.", experts="torch")
+    moepatch.optimize(qwen3, mlp=None, ssd=None)
+
+
 def test_a_backend_that_cannot_serve_says_why():
     model = zoo.build("qwen3_moe", dtype=torch.float64)
     refused(model, moepatch.BackendUnavailable, r"layers\.0\.mlp\.experts: the backend 'torch' cannot serve E=8 .*no float64", experts="torch")

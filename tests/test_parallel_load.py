@@ -240,6 +240,8 @@ def save_distributed(hub, out, dims):  # noqa: F811
 
 def resume_distributed(hub, out, dims):  # noqa: F811
     model, optimizer = trained(hub, dims, steps=0)
+    with torch.no_grad():
+        model(**batch("qwen3_moe", model, 0))  # leaves parameters gathered; asking for the model's state brings them back
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.load(state, checkpoint_id=out)
     set_model_state_dict(model, state["model"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 
 import compare
 import pytest
@@ -256,6 +257,39 @@ def adapters():
 def test_lora_before_and_after_optimize():
     pytest.importorskip("peft")
     on_ranks(2, adapters)
+
+
+def adapters_after_an_evaluation():
+    """A head that peft trains whole, in an optimizer that is made of what each of the objects around the model says after an evaluation."""
+    from peft import PeftModel
+
+    def make():
+        return lora(zoo.build("qwen3_moe"), target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+
+    rank, ranks, truth = dist.get_rank(), dist.get_world_size(), make()
+    for r in range(ranks):
+        (zoo.loss(truth(**batch("qwen3_moe", truth, r))) / ranks).backward()
+    grads = {key: p.grad for key, p in truth.named_parameters() if p.requires_grad}
+    torch.optim.SGD(truth.parameters(), lr=0.1).step()
+    for gradients, asked in itertools.product((False, True), (lambda model: model, PeftModel.get_base_model)):
+        model = moepatch.optimize(make(), mesh_of(EP2), verify=False)
+        with torch.set_grad_enabled(gradients):
+            model(**batch("qwen3_moe", model, rank))
+        optimizer = torch.optim.SGD((p for p in asked(model).parameters() if p.requires_grad), lr=0.1)
+        with model.no_sync():  # given up
+            zoo.loss(model(**batch("qwen3_moe", model, rank + 10))).backward()
+        asked(model).zero_grad()
+        zoo.loss(model(**batch("qwen3_moe", model, rank))).backward()
+        check_gradients(model, grads)
+        optimizer.step()
+        for key in grads:
+            assert compare.error(whole(model.get_parameter(key)), truth.get_parameter(key)) <= 1e-5, key
+        assert [type(m) for m in moepatch.restore(model).modules()] == [type(m) for m in truth.modules()]
+
+
+def test_adapters_are_trained_by_an_optimizer_made_after_an_evaluation():
+    pytest.importorskip("peft")
+    on_ranks(2, adapters_after_an_evaluation)
 
 
 # ------------------------------------------------------------------------------------------------- norms and optimizers

@@ -20,13 +20,13 @@ from ..experts.module import ExpertsState
 from ..kinds import KINDS
 from ..plan import Plan
 from ..site import Site
-from ..surgery import Journal, ReplaceState
+from ..surgery import InjectClass, Journal, Patched, ReplaceState
 from .experts import PatchedShardedExperts, ShardedState
 from .gather import GatherAhead, NoGatherInBackward, bundles, ends, layer_lists, may_stay, odd_modules, units
 from .mesh import Meshes, resolve
 from .passes import Passes, Together
 from .shard import FullyShard, ShardExperts
-from .trainer import AnswerTrainer, ShardedModel
+from .trainer import AnswerTrainer, Sharded, ShardedModel
 
 
 def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fsdp: bool, journal: Journal) -> None:
@@ -44,6 +44,8 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fs
     for pretrained in [m for m in model.modules() if isinstance(m, PatchedModel)]:
         journal.do(ReplaceState(pretrained, ShardedModel, pretrained._moepatch))
         journal.do(AnswerTrainer(pretrained.config))
+    if not isinstance(model, Patched):  # it is around the transformers model, and a loop may ask it for parameters as well
+        journal.do(InjectClass(model, Sharded, "sharded"))
     sharded = [_split(model, site, meshes, dispatch, journal) for p in plan.mixture if p.backend for site in p.sites if can_split(site)]
     _join_chains(model, sharded)
     if meshes.experts is not None:

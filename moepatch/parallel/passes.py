@@ -26,23 +26,28 @@ def part(unit: FSDPModule) -> None:
     _begin_anew(unit._get_fsdp_state(), forget=True)
 
 
-def _groups(model: nn.Module) -> Iterator[Any]:
-    """FSDP2's groups of parameters of the units in a model."""
-    groups = (unit._get_fsdp_state()._fsdp_param_group for unit in model.modules() if isinstance(unit, FSDPModule))
-    return (group for group in groups if group is not None)
+def _held(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """What FSDP2 keeps of each parameter of a model, with its group; the unit that gathers it may be a module around the model."""
+    inside = set(model.modules())
+    own = [unit._get_fsdp_state() for unit in inside if isinstance(unit, FSDPModule)]
+    around = (state for context in {state._state_ctx for state in own} for state in context.all_states)
+    for group in filter(None, {state._fsdp_param_group for state in (*own, *around)}):
+        for held in group.fsdp_params:
+            info = held._module_info
+            if not inside.isdisjoint((info.module, *info.shared_modules)):
+                yield group, held
 
 
 def gathered(model: nn.Module) -> dict[int, nn.Parameter]:
     """What the optimizer steps in place of each parameter of a model that is gathered at the moment, by the gathered one's id."""
-    return {id(held._unsharded_param): held.sharded_param for group in _groups(model) if group.is_unsharded for held in group.fsdp_params}
+    return {id(held._unsharded_param): held.sharded_param for group, held in _held(model) if group.is_unsharded}
 
 
 def drop_unreduced(model: nn.Module) -> None:
-    """Lets go of gradients of a model's FSDP2 units that ranks have not added up yet, such as those of ``no_sync``."""
-    for group in _groups(model):
-        for held in group.fsdp_params:
-            held.unsharded_accumulated_grad = None
-            _drop_unsharded(held)
+    """Lets go of gradients of a model's parameters that ranks have not added up yet, such as those of ``no_sync``."""
+    for _, held in _held(model):
+        held.unsharded_accumulated_grad = None
+        _drop_unsharded(held)
 
 
 def _drop_unsharded(held: Any) -> None:

@@ -21,23 +21,14 @@ from transformers import PreTrainedConfig, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from ..checkpoint import PatchedModel
+from ..surgery import Patched
 from .passes import drop_unreduced, gathered
 
 
-class ShardedModel(PatchedModel):
-    """A whole ``PreTrainedModel`` whose parameters are spread over ranks."""
+class Sharded(Patched):
+    """A module whose parameters are spread over ranks: a model, or what is around it, such as peft's."""
 
-    #: Read by Trainer from 5.23 on, where transformers itself has a property of this name.
-    is_distributed_loading_by_transformers = True
-
-    @property
-    def _is_accelerate_prepared(self) -> bool:
-        # Under autocast accelerate has to wrap the forward first; what it cannot do to a sharded model it then refuses in its own words.
-        return self.__dict__.get("_accelerate_was_here", False) or not _autocasts()
-
-    @_is_accelerate_prepared.setter
-    def _is_accelerate_prepared(self, value: bool) -> None:
-        self.__dict__["_accelerate_was_here"] = value
+    keeps_name = True
 
     def named_parameters(self, *args, **kwargs):
         """As any module's, and always what the optimizer steps: a forward pass leaves parameters gathered, which are others."""
@@ -52,7 +43,10 @@ class ShardedModel(PatchedModel):
 
     @contextmanager
     def no_sync(self):
-        """Gradients of the block stay on this rank until the first backward pass after it."""
+        """Gradients of the block stay on this rank until the first backward pass after it.
+
+        An optimizer's ``zero_grad()`` does not see what is kept: to give it up, call the model's.
+        """
         if not isinstance(self, FSDPModule):
             yield
             return
@@ -61,6 +55,22 @@ class ShardedModel(PatchedModel):
             yield
         finally:
             self.set_requires_gradient_sync(True)
+
+
+class ShardedModel(Sharded, PatchedModel):
+    """A whole ``PreTrainedModel`` whose parameters are spread over ranks."""
+
+    #: Read by Trainer from 5.23 on, where transformers itself has a property of this name.
+    is_distributed_loading_by_transformers = True
+
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        # Under autocast accelerate has to wrap the forward first; what it cannot do to a sharded model it then refuses in its own words.
+        return self.__dict__.get("_accelerate_was_here", False) or not _autocasts()
+
+    @_is_accelerate_prepared.setter
+    def _is_accelerate_prepared(self, value: bool) -> None:
+        self.__dict__["_accelerate_was_here"] = value
 
 
 @dataclass
