@@ -150,9 +150,10 @@ class Plan:
         """The error for a backend that was asked for where the plan has no module of its table; says what there is instead."""
         unmade = f", or the plan was made without {table}=" if any(kind.on_request and kind.backends == table for kind in KINDS.values()) else ""
         has = ", ".join(dict.fromkeys(KINDS[p.site.kind].backends for p in self.patterns)) or "no kind"
+        refused = "".join(f" {refusal.fqn} is refused: {refusal.reason}." for refusal in self.refusals[:1])
         return PlanMismatch(
-            f"The plan has nothing that {table}={name!r} could serve: no module of that kind that moepatch takes{unmade}. "
-            f"It has modules of: {has}. Without {table}= the report says what is left alone, and why."
+            f"The plan has nothing that {table}={name!r} could serve: no module of that kind that moepatch takes{unmade}. It has modules of: {has}.{refused} "
+            f"Without {table}= the report says what is left alone, and why."
         )
 
     def without_dense(self) -> Plan:

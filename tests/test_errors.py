@@ -46,6 +46,7 @@ def test_the_dense_half_around_a_refused_mixture_is_patched(name):
     model = zoo.build(name)
     words = rf"^{type(model).__name__} has a mixture of experts that moepatch cannot serve:\n(  - model\..*\n)+The model is unchanged\.$"
     refused(model, moepatch.NothingMatched, words, dense=False)
+    refused(model, moepatch.PlanMismatch, r"nothing that experts='torch' could serve.* model\..* is refused: .*Without experts=", experts="torch")
     report = moepatch.report(moepatch.optimize(model))
     assert not report.plan.mixture and report.plan.refusals and report.patched > 0
     assert "its mixture of experts is left alone: see the reasons" in report.notes
