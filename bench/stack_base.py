@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moepatch.routing import Deal, Drawn
@@ -57,6 +59,23 @@ class Stack:
     prepare: Callable[[PreTrainedModel, Setting], nn.Module]
     why_not: Callable[[Setting], str | None] = lambda setting: None
     weights_first: bool | None = None
+
+
+def shard_by_layer(model: PreTrainedModel, setting: Setting, inner: Sequence[nn.Module] = ()) -> None:
+    """FSDP2 layer by layer where there are several ranks, with modules inside the layers as units of their own."""
+    if setting.world == 1:
+        return
+    mesh = init_device_mesh(setting.device.type, (setting.world,))
+    for unit in (*inner, *_layers(model)):
+        fully_shard(unit, mesh=mesh)
+    # Embeddings, final norm and head stay gathered between forward and backward: they are used at both ends of it.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers: the outermost list with as many entries as the configuration says."""
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers)
+    return next(lists)
 
 
 @dataclass

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from stack_base import NotServed, Output, OwnModel, Router, Setting
+from stack_base import NotServed, Output, OwnModel, Router, Setting, shard_by_layer
 from step_weights import materialise
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 
@@ -34,12 +32,7 @@ def prepare(model: PreTrainedModel, setting: Setting) -> OwnModel:
     own = ListedModel(model)
     if not own.routers():
         raise NotServed(f"the experts of {model.config.model_type} are no list of gated MLPs in transformers v4")
-    if setting.world > 1:
-        mesh = init_device_mesh(setting.device.type, (setting.world,))
-        experts = [expert for module in model.modules() if isinstance(module, ListedExperts) for expert in module.experts]
-        for unit in [*experts, *model.get_decoder().layers]:
-            fully_shard(unit, mesh=mesh)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    shard_by_layer(model, setting, [expert for module in model.modules() if isinstance(module, ListedExperts) for expert in module.experts])
     return own
 
 

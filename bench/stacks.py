@@ -12,10 +12,8 @@ import stack_deepspeed
 import stack_v4
 import torch.distributed as dist
 import transformers
-from stack_base import NotServed, Setting, Stack
+from stack_base import NotServed, Setting, Stack, shard_by_layer
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 import moepatch
@@ -40,12 +38,7 @@ def undone(model: PreTrainedModel) -> Iterator[None]:
 
 def _transformers(model: PreTrainedModel, setting: Setting) -> nn.Module:
     """As installed: its choice of attention and experts, and FSDP2 layer by layer where there are several ranks."""
-    if setting.world > 1:
-        mesh = init_device_mesh(setting.device.type, (setting.world,))
-        for layer in _layers(model):
-            fully_shard(layer, mesh=mesh)
-        # Embeddings, final norm and head stay gathered between forward and backward: they are used at both ends of it.
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    shard_by_layer(model, setting)
     return model
 
 
@@ -90,12 +83,6 @@ def _moepatch_experts(model: PreTrainedModel, setting: Setting) -> nn.Module:
 def _optimized(model: PreTrainedModel, setting: Setting, **options) -> nn.Module:
     mesh = moepatch.make_mesh(ep=setting.ep) if setting.world > 1 else None
     return moepatch.optimize(model, mesh, **options)
-
-
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers: the outermost list with as many entries as the configuration says."""
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers)
-    return next(lists)
 
 
 def _needs(package: str) -> Callable[[Setting], str | None]:
