@@ -33,7 +33,7 @@ from moepatch import trial
 from moepatch.bench import attention_function, random_weights
 from moepatch.kinds import KINDS
 from moepatch.piece import piece
-from moepatch.plan import Pattern
+from moepatch.planning import Pattern
 
 #: So many layers show every kind of module that a model has.
 LAYERS = {"Nemotron-3-Nano-30B-A3B": 6, "gpt-oss-20b": 2}

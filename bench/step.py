@@ -42,7 +42,7 @@ from step_weights import materialise, meta_model
 
 import moepatch
 from moepatch.estimate import estimate
-from moepatch.plan import make_plan
+from moepatch.planning import make_plan
 from moepatch.routing import balanced_deal, balanced_routing, hot_deal, hot_routing
 
 #: For transformers' models, patched or not, and for models of a stack's own.

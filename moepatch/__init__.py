@@ -24,9 +24,9 @@ from .inspection import Inspection, inspect
 from .parallel.clip import clip_grad_norm_
 from .parallel.load import load_checkpoint
 from .parallel.mesh import make_mesh
-from .plan import Plan
+from .planning import Plan
 from .registry import register_backend, register_matcher
-from .report import Report
+from .reporting import Report
 from .routing import balanced_routing, hot_routing, record_routing
 
 __version__ = "0.1.0"

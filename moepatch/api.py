@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import plan as planning
+from . import planning
 from .check import check_model, check_plan
 from .checkpoint import ModelState, PatchedModel
 from .dispatch.base import Dispatcher
@@ -25,9 +25,9 @@ from .measure import agreed, fastest
 from .parallel.agree import together
 from .parallel.apply import Dispatch, choose_dispatch, shard, why_whole
 from .parallel.memory import why_not_whole
-from .plan import Pattern, Plan
+from .planning import Pattern, Plan
 from .regional import compile_layers, layer_graphs
-from .report import Report
+from .reporting import Report
 from .scan import outermost_pretrained
 from .surgery import InjectClass, Journal, Patched
 from .verify import Verified

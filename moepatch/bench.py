@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .kinds import KINDS
 from .measure import TOKENS, attempted, best_ms
 from .piece import piece
-from .plan import Pattern, Plan
+from .planning import Pattern, Plan
 
 #: Weights, their gradients, and as much again for what a call makes.
 _COPIES = 3

@@ -16,7 +16,7 @@ from .errors import CheckFailed, MoePatchError, Problem
 from .kinds import KINDS
 from .parallel.apply import can_split
 from .parallel.mesh import why_not_mesh
-from .plan import Plan
+from .planning import Plan
 from .scan import Scan, outermost_pretrained
 from .surgery import Patched
 

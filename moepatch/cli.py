@@ -90,7 +90,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from .inspection import backend_rows
-        from .plan import SCHEMA_VERSION
+        from .planning import SCHEMA_VERSION
 
         versions, rows = _versions(), backend_rows()
     if as_json:
@@ -118,7 +118,7 @@ def bench(
         from .bench import bench as timed
         from .errors import MoePatchError
         from .needs import best_device
-        from .plan import SCHEMA_VERSION, make_plan
+        from .planning import SCHEMA_VERSION, make_plan
 
         try:
             file = source.config_path(Path(model))

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from .experts.spec import ExpertsSpec
 from .kinds import KINDS
-from .plan import Pattern, Plan
+from .planning import Pattern, Plan
 from .site import Refusal, Site
 
 #: What configurations call the number of experts per token (K).

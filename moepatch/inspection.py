@@ -19,7 +19,7 @@ from .check import check_model
 from .errors import CheckFailed, MoePatchError, PlanMismatch
 from .estimate import Estimate, estimate
 from .needs import best_device
-from .plan import SCHEMA_VERSION, Plan, make_plan
+from .planning import SCHEMA_VERSION, Plan, make_plan
 from .source import Weights
 
 #: Keywords of `inspect` for what-if tables.

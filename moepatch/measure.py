@@ -23,7 +23,7 @@ from torch import nn
 from . import registry, store
 from .kinds import KINDS
 from .piece import piece
-from .plan import Pattern, Plan
+from .planning import Pattern, Plan
 from .replica import slice_fill
 
 TOKENS = 4096

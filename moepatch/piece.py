@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from .kinds import KINDS
 from .layers.attention import NAMES
 from .layers.attention.kind import SetImplementation
-from .plan import Pattern
+from .planning import Pattern
 from .replica import replica
 
 

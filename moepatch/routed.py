@@ -14,7 +14,7 @@ from .experts.module import PatchedExperts
 from .kinds import KINDS
 from .match.experts import takes
 from .parallel.experts import PatchedShardedExperts
-from .plan import match
+from .planning import match
 from .scan import Scan
 from .site import Site
 from .surgery import Patched

@@ -19,7 +19,7 @@ from .errors import NumericMismatch
 from .kind import Kind
 from .kinds import KINDS
 from .match.experts import implementation
-from .plan import Pattern
+from .planning import Pattern
 from .replica import replica, size_map, slice_fill
 from .trial import Call, Difference
 

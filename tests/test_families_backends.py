@@ -11,7 +11,7 @@ import moepatch
 from moepatch import registry
 from moepatch.api import apply, relayout
 from moepatch.kinds import KINDS
-from moepatch.plan import OVERRIDES
+from moepatch.planning import OVERRIDES
 from moepatch.surgery import Journal
 
 

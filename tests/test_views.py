@@ -9,9 +9,9 @@ import pytest
 import zoo
 
 import moepatch
-from moepatch.plan import Choice, Pattern
+from moepatch.planning import Choice, Pattern
 from moepatch.render import words
-from moepatch.report import Report
+from moepatch.reporting import Report
 from moepatch.trial import Difference
 from moepatch.verify import Verified
 

@@ -18,7 +18,7 @@ from ..dispatch.chain import Chain
 from ..errors import BackendUnavailable
 from ..experts.module import ExpertsState
 from ..kinds import KINDS
-from ..plan import Plan
+from ..planning import Plan
 from ..site import Site
 from ..surgery import InjectClass, Journal, Patched, ReplaceState
 from .experts import PatchedShardedExperts, ShardedState

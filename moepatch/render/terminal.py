@@ -19,8 +19,8 @@ from . import words
 if TYPE_CHECKING:
     from ..bench import BenchRow
     from ..inspection import BackendRow, Inspection
-    from ..plan import Pattern, Plan
-    from ..report import Report
+    from ..planning import Pattern, Plan
+    from ..reporting import Report
     from ..site import Refusal
     from ..verify import Verified
 

@@ -12,8 +12,8 @@ from ..kinds import KINDS
 if TYPE_CHECKING:
     from ..estimate import Estimate, ExpertGroup
     from ..inspection import BackendRow, Inspection
-    from ..plan import Choice, Pattern, Plan
-    from ..report import Report
+    from ..planning import Choice, Pattern, Plan
+    from ..reporting import Report
     from ..site import Refusal
 
 #: Of a step that memory is said for.

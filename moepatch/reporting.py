@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .plan import SCHEMA_VERSION, Plan
+from .planning import SCHEMA_VERSION, Plan
 from .regional import LayerGraphs
 from .verify import Verified
 
