@@ -17,7 +17,7 @@ from .kinds import KINDS
 from .match.suspects import suspects
 from .needs import best_device
 from .scan import Scan
-from .site import Refusal, Site
+from .site import Left, Refusal, Site
 
 SCHEMA_VERSION = 1
 
@@ -98,6 +98,7 @@ class Plan:
         model_class: the model's class name.
         patterns: what is patched, the mixture of experts first.
         refusals: what looks like MoE and is left alone, with reasons.
+        left: what is nearly of a kind and is left alone, with reasons.
 
     >>> print(moepatch.plan(model))                                    # doctest: +SKIP
     >>> moepatch.optimize(model, plan=moepatch.plan(model).without("model.layers.0.mlp.experts"))   # doctest: +SKIP
@@ -106,6 +107,7 @@ class Plan:
     model_class: str
     patterns: tuple[Pattern, ...]
     refusals: tuple[Refusal, ...]
+    left: tuple[Left, ...] = ()
 
     def without(self, *fqns: str) -> Plan:
         """The plan with these modules left alone.
@@ -173,6 +175,7 @@ class Plan:
             "model_class": self.model_class,
             "patterns": [p.to_dict() for p in self.patterns],
             "refusals": [r.to_dict() for r in self.refusals],
+            "left": [near.to_dict() for near in self.left],
         }
 
     def to_json(self) -> str:
@@ -221,21 +224,25 @@ def make_plan(
     """
     if numerics not in NUMERICS:
         raise PlanMismatch(f"numerics is {numerics!r}; it can be {' or '.join(NUMERICS)}.")
-    sites, refusals = match(Scan(model))
+    sites, refusals, left = match(Scan(model))
     asked = {*asked, *(overrides or ())}
     sites = [site for site in sites if not KINDS[site.kind].on_request or KINDS[site.kind].backends in asked]
     groups: dict[tuple, list[Site]] = {}
     for site in sites:
         groups.setdefault((site.kind, site.spec, site.class_name, site.now, site.dtype, site.device), []).append(site)
     patterns = sorted((_choose(tuple(group), numerics) for group in groups.values()), key=lambda p: KINDS[p.site.kind].dense)
-    plan = Plan(type(model).__name__, tuple(patterns), tuple(refusals))
+    plan = Plan(type(model).__name__, tuple(patterns), tuple(refusals), tuple(left))
     return plan.with_backends(**overrides) if overrides else plan
 
 
-def match(scan: Scan) -> tuple[list[Site], list[Refusal]]:
-    """Asks the matchers about every module. Modules inside a site belong to it; only matchers that look around are asked about its holders."""
+def match(scan: Scan) -> tuple[list[Site], list[Refusal], list[Left]]:
+    """Asks the matchers about every module. Modules inside a site belong to it; only matchers that look around are asked about its holders.
+
+    A matcher that nearly took a module answers `Left`; that stands unless another one takes the module.
+    """
     memo: dict = {}
     answers: dict[int, Site | Refusal] = {}
+    near: dict[int, Left] = {}
     inside: set[int] = set()
     holding: set[int] = set()
     for matcher in registry.matchers():
@@ -244,7 +251,9 @@ def match(scan: Scan) -> tuple[list[Site], list[Refusal]]:
             if key in answers or not matcher.around and (key in inside or key in holding):
                 continue
             answer = matcher.match(found, scan, memo)
-            if answer is None:
+            if isinstance(answer, Left):
+                near.setdefault(key, answer)
+            if answer is None or isinstance(answer, Left):
                 continue
             answers[key] = answer
             if not matcher.around:
@@ -256,7 +265,8 @@ def match(scan: Scan) -> tuple[list[Site], list[Refusal]]:
     # What is refused keeps its own forward, whole.
     alone = tuple(f"{fqn}." for refusal in refusals for fqn in refusal.fqns)
     sites = [a for a in in_order if isinstance(a, Site) and not (KINDS[a.kind].dense and f"{a.fqn}.".startswith(alone))]
-    return sites, refusals
+    left = [near[id(found.module)] for found in scan if id(found.module) in near and id(found.module) not in answers]
+    return sites, refusals, [n for n in left if not f"{n.fqn}.".startswith(alone)]
 
 
 def _choose(sites: tuple[Site, ...], numerics: str) -> Pattern:

@@ -29,7 +29,7 @@ class Matcher:
     Attributes:
         name: unique.
         priority: matchers are asked from the highest to the lowest; the first that answers wins.
-        match: ``(found, scan, memo) -> Site | Refusal | None``; pure. `memo` is a dict that lives as long as one scan.
+        match: ``(found, scan, memo) -> Site | Refusal | Left | None``; pure. `memo` is a dict that lives as long as one scan.
         around: it is asked about modules that hold sites of others too, and a site of its own takes nothing but the module itself.
     """
 

@@ -54,7 +54,7 @@ def routed_layers(model: nn.Module) -> tuple[Layer, ...]:
     layers = {name: _patched_layer(name, m) for name, m in model.named_modules() if isinstance(m, PatchedExperts)}
     patch = patch_of(model)
     if patch is None:
-        sites, refusals = match(Scan(model))
+        sites, refusals, _ = match(Scan(model))
     else:
         sites, refusals = [site for pattern in patch.report.plan.patterns for site in pattern.sites], patch.report.plan.refusals
     patched = {id(layer.module) for layer in layers.values()}

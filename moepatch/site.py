@@ -1,4 +1,4 @@
-"""The values that matching produces: what was found (`Site`) and what was left alone (`Refusal`)."""
+"""The values that matching produces: what was found (`Site`), what was left alone (`Refusal`) and what was nearly taken (`Left`)."""
 
 from __future__ import annotations
 
@@ -65,3 +65,29 @@ class Refusal:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"fqns": list(self.fqns), "class": self.class_name, "reason": self.reason, "hint": self.hint}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """A module that has the weights or the name of a kind, and keeps its own forward: a near miss.
+
+    Attributes:
+        kind: the name of the `Kind` that it nearly is.
+        fqns: all of its names in the model.
+        class_name: its class.
+        reason: the one thing that was in the way, with the name or the numbers, as the end of a sentence ("the argument `cache` is not known").
+    """
+
+    kind: str
+    fqns: tuple[str, ...]
+    class_name: str
+    reason: str
+
+    @property
+    def fqn(self) -> str:
+        """The first name."""
+        return self.fqns[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"kind": self.kind, "fqns": list(self.fqns), "class": self.class_name, "reason": self.reason}

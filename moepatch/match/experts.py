@@ -18,7 +18,7 @@ from ..layout.experts import ExpertsLayout, flat_layout, fused_layout
 from ..registry import register_matcher
 from ..replica import size_map
 from ..scan import Found, Scan
-from ..site import Refusal, Site
+from ..site import Left, Refusal, Site
 from .probe import candidates, fingerprint, finite_numbers, misfit, recognise
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -52,6 +52,11 @@ def refusal(found: Found, reason: str) -> Refusal:
     """A refusal of a module that was tried and did not fit."""
     hint = "If its experts are ordinary ones, register a matcher for it (moepatch.register_matcher); the rest of the model is patched."
     return Refusal(fqns=found.fqns, class_name=type(found.module).__name__, reason=reason, hint=hint)
+
+
+def left(found: Found, kind: str, reason: str) -> Left:
+    """A module that is nearly of a kind."""
+    return Left(kind=kind, fqns=found.fqns, class_name=type(found.module).__name__, reason=reason)
 
 
 def make_site(found: Found, kind: str, spec, parameter_names: tuple[str, ...]) -> Site | Refusal:
