@@ -33,6 +33,7 @@ from moepatch.layers.attention.masks import Mask, read_pattern
 from moepatch.layers.attention.packing import Packing
 from moepatch.layers.attention.sinks import with_sinks
 from moepatch.layers.attention.spec import CAUSAL, AttentionSpec, AttentionUse
+from moepatch.layers.attention.torch_kernels import why_older_cudnn
 from moepatch.match.attention_function import left_alone, match_attention_function
 from moepatch.scan import Scan
 
@@ -440,6 +441,13 @@ def test_forms_are_read_off_the_calls():
     assert site.spec == AttentionUse(((spec, 2),)) and site.spec.to_dict()["layout"] == "plain"
     (site,) = sites(zoo.build("deepseek_v3", qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, qk_head_dim=24))
     assert (site.spec.forms[0][0].head_dim, site.spec.forms[0][0].v_head_dim) == (24, 16)
+
+
+def test_an_older_cudnn_than_torchs_is_refused_in_words():
+    """Transformer Engine loads the system's for the whole process: replayed in a CUDA graph, torch's backward pass then writes anywhere."""
+    assert why_older_cudnn((9, 19, 0), (9, 19, 0)) is None and why_older_cudnn((9, 14, 0), (9, 19, 2)) is None
+    assert "cuDNN 9.14.0 is loaded and torch was built with 9.19.0" in why_older_cudnn((9, 19, 0), (9, 14, 0))
+    assert "cuDNN 10.0.0" in why_older_cudnn((9, 19, 0), (10, 0, 0))
 
 
 def test_a_pickled_model_finds_its_function_in_another_process(tmp_path):

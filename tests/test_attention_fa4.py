@@ -6,6 +6,8 @@ import ast
 import dataclasses
 import importlib.metadata
 import os
+import sys
+from types import SimpleNamespace
 
 import compare
 import fake_fa4
@@ -23,6 +25,7 @@ from moepatch.layers.attention import attention_function, attention_mask, fa4, f
 from moepatch.layers.attention.exact import plain_attention
 from moepatch.layers.attention.kernel import How
 from moepatch.layers.attention.sinks import attend, attend_backward
+from moepatch.layers.attention.spec import AttentionSpec
 
 NAME = "moepatch_fake_fa4"
 FORMS = {
@@ -133,6 +136,54 @@ def test_compiles_are_kept_unless_the_user_says_otherwise(monkeypatch, tmp_path)
     monkeypatch.setenv(names[0], "0")
     with fa4_cache.kept_compiles():
         assert os.environ[names[0]] == "0" and names[1] not in os.environ
+
+
+def test_only_head_dims_that_were_tried_are_taken():
+    """16, 48, 72, 80 and 112 are computed without a word, and wrongly."""
+
+    def form(dim, v_dim=None, heads=8, kv_heads=2, **more):
+        return AttentionSpec(heads=heads, kv_heads=kv_heads, head_dim=dim, v_head_dim=v_dim or dim, **more)
+
+    assert [dim for dim in range(8, 264, 8) if fa4.untried(form(dim), 9) is None] == list(fa4.TRIED)
+    assert "32, 64, 96, 128, 160, 192, 256 alone, this has 80" in fa4.untried(form(80), 9)
+    assert "this has 256" in fa4.untried(form(256), 10) and fa4.untried(form(128), 10) is None
+    assert fa4.untried(form(192, 128, kv_heads=8), 9) is None and "grouped heads" in fa4.untried(form(192, 128), 9)
+    assert "sinks" in fa4.untried(form(64, sinks=True), 12)
+
+
+def test_kernels_are_kept_where_another_library_has_imported_it_before(monkeypatch, tmp_path):
+    """Transformer Engine does, and transformers imports Transformer Engine."""
+
+    class JITCache:
+        def __init__(self):
+            self.cache = {}
+
+    class JITPersistentCache(JITCache):
+        def __init__(self, path):
+            super().__init__()
+            self.path = path
+
+    utils = SimpleNamespace(CUTE_DSL_CACHE_ENABLED=False, JITCache=JITCache, JITPersistentCache=JITPersistentCache, _compute_source_fingerprint=lambda: "abc")
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=SimpleNamespace(cache_utils=utils)))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", sys.modules["flash_attn"].cute)
+    monkeypatch.setattr(fa4_cache, "_settings", lambda: {fa4_cache.ENABLED: "1", fa4_cache.DIRECTORY: str(tmp_path)})
+    monkeypatch.delenv(fa4_cache.ENABLED, raising=False)
+
+    def compiled():
+        """A function of the library with kernels of its own."""
+
+    compiled.compile_cache = JITCache()
+    compiled.compile_cache.cache["form"] = "kernel"
+    interface = SimpleNamespace(_flash_attn_fwd=compiled, other=len)
+    fa4_cache.keep_compiles(interface)
+    kept = compiled.compile_cache
+    assert kept.path == tmp_path / "abc" / "_flash_attn_fwd" and kept.cache == {"form": "kernel"}
+    fa4_cache.keep_compiles(interface)
+    assert compiled.compile_cache is kept
+    compiled.compile_cache = plain = JITCache()
+    monkeypatch.setenv(fa4_cache.ENABLED, "0")  # the user has said so
+    fa4_cache.keep_compiles(interface)
+    assert compiled.compile_cache is plain
 
 
 def test_the_fake_has_the_signatures_of_the_real_one():

@@ -97,6 +97,22 @@ def test_bf16_by_the_three_way_rule():
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+@pytest.mark.parametrize("dim", fa4.TRIED)
+def test_every_head_dim_that_is_taken(dim):
+    """Lengths around tiles and beyond, grouped heads or not, causal or not, windows, sinks: what `fa4.TRIED` stands for."""
+    wrong = []
+    for (heads, kv_heads), window, sinks in [((4, 4), (-1, 0), False), ((8, 2), (-1, 0), True), ((4, 2), (-1, -1), False), ((8, 1), (47, 0), False)]:
+        for length in (24, 130, 300, 1100):
+            size = heads, kv_heads, dim
+            ours = at_once(fa4._raw(), *operands(size, sinks, torch.bfloat16, length), window)
+            truth, theirs = (eager(*operands(size, sinks, dtype, length), window) for dtype in (torch.float32, torch.bfloat16))
+            for key in ("out", "q", "k", "v"):  # a number for each head is compared elsewhere
+                error, limit = compare.error(ours[key], truth[key]), LOW_PRECISION_FACTOR * compare.error(theirs[key], truth[key])
+                if not error <= limit:
+                    wrong.append(f"{size} {length} tokens {window} {key}: {error:.1e}, limit {limit:.1e}")
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
 def test_nothing_waits_for_the_device():
     raw, given = fa4._raw(), operands(GPT_OSS, True, torch.bfloat16)
     at_once(raw, *given, (127, 0))

@@ -1,7 +1,8 @@
 """Where FlashAttention 4 keeps what it compiles.
 
 It can keep its kernels for the next process, which then loads them in milliseconds where compiling takes seconds for each form. It does so only if
-it is told by environment variables, which it reads while it is imported.
+it is told by environment variables, which it reads while it is imported. Transformer Engine imports it, and transformers imports that: then it is too
+late for them, and the caches that it has made are exchanged for such that keep.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -29,6 +31,22 @@ def kept_compiles() -> Iterator[None]:
     finally:
         for name in settings:
             os.environ.pop(name, None)
+
+
+def keep_compiles(interface: ModuleType) -> None:
+    """The same for a library that another one has imported before. Releases without these caches keep nothing."""
+    from flash_attn.cute import cache_utils
+
+    known = vars(cache_utils)
+    if known.get("CUTE_DSL_CACHE_ENABLED", True) or ENABLED in os.environ or not {"JITCache", "JITPersistentCache", "_compute_source_fingerprint"} <= set(known):
+        return
+    settings = _settings()
+    for name, function in vars(interface).items() if settings else ():
+        cache = getattr(function, "compile_cache", None)
+        if type(cache) is known["JITCache"]:
+            kept = known["JITPersistentCache"](Path(settings[DIRECTORY]) / known["_compute_source_fingerprint"]() / name)
+            kept.cache.update(cache.cache)
+            function.compile_cache = kept
 
 
 def _settings() -> dict[str, str]:

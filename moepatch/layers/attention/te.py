@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .kernel import How, Kernel, needs_gpu, wrong_dims
 from .spec import AttentionSpec
+from .torch_kernels import why_not_loaded
 
 
 @functools.cache
@@ -49,7 +50,7 @@ def run_te(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
 
 def why_not_te(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
     """See `Kernel.why_not`."""
-    reason = needs_gpu(dtype, device, (8, 0), "transformer_engine")
+    reason = needs_gpu(dtype, device, (8, 0), "transformer_engine") or why_not_loaded()
     if reason is not None or spec is None:
         return reason
     if spec.softcap is not None:

@@ -100,8 +100,8 @@ def run_flash(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
 def why_not_cudnn(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
     """See `Kernel.why_not`."""
     reason = needs_gpu(dtype, device, (8, 0))
-    if reason is None and not torch.backends.cudnn.is_available():
-        reason = "this torch has no cuDNN"
+    if reason is None:
+        reason = why_not_loaded()
     if reason is not None or spec is None:
         return reason
     if spec.window is not None or spec.packed:
@@ -128,6 +128,31 @@ def why_not_flash(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.
 
 CUDNN = Kernel("cuDNN", why_not_cudnn, run_cudnn, lambda: _CUDNN)
 FLASH = Kernel("torch FlashAttention", why_not_flash, run_flash, lambda: _FLASH)
+
+
+def why_not_loaded() -> str | None:
+    """Why attention by cuDNN, torch's own or Transformer Engine's, cannot be trusted in this process, or None.
+
+    Importing Transformer Engine loads the cuDNN that the system's linker finds, for the whole process. One older than torch was built with gives the
+    right gradients until a CUDA graph replays its backward pass: that reads and writes anywhere (9.14 where torch has 9.19, on an H200).
+    `torch.backends.cudnn.version` would say so once, and then no more.
+    """
+    if not torch.backends.cudnn.is_available():
+        return "this torch has no cuDNN"
+    library = torch._C._cudnn
+    return why_older_cudnn(library.getCompileVersion(), library.getRuntimeVersion())
+
+
+def why_older_cudnn(built: tuple[int, int, int], loaded: tuple[int, int, int]) -> str | None:
+    """What is wrong with a loaded cuDNN, by its version and the one that torch was built with; by cuDNN's own rule, newer ones of a major version will do."""
+    if loaded[0] == built[0] and loaded[1] >= built[1]:
+        return None
+    found, wanted = (".".join(map(str, version)) for version in (loaded, built))
+    return (
+        f"cuDNN {found} is loaded and torch was built with {wanted}: another library, such as Transformer Engine, has loaded the system's, whose "
+        "backward pass is wrong in a CUDA graph. Start Python with the folder of torch's own first in LD_LIBRARY_PATH "
+        "(python -c 'import nvidia.cudnn as c; print(c.__path__[0])', then /lib)"
+    )
 
 
 @functools.cache
