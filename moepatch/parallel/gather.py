@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -121,14 +122,22 @@ def ends(model: nn.Module) -> tuple[nn.Embedding | None, nn.Linear | None]:
 
 
 def may_stay(units: Iterable[nn.Module], experts: set[nn.Parameter]) -> bool:
-    """Whether the dense parameters of all units, gathered, take no more memory than the gradients of this rank's experts will.
+    """Whether the dense parameters of all units, gathered, take no more memory than the gradients of a rank's experts will.
+
+    Every rank has to find the same, so a rank's share is what it is on average: where experts do not divide evenly, some have more than others.
 
     Args:
-        experts: DTensors, of which this rank holds a part.
+        experts: DTensors, of which each rank holds a part.
     """
     gathered = sum(p.numel() * p.element_size() for unit in units for p in unit.parameters() if not isinstance(p, DTensor))
-    gradients = sum(p.to_local().numel() * p.element_size() for p in experts if p.requires_grad)
+    gradients = sum(p.numel() * p.element_size() // _shares(p) for p in experts if p.requires_grad)
     return gathered <= gradients
+
+
+def _shares(parameter: DTensor) -> int:
+    """Into how many parts a DTensor is cut."""
+    mesh = parameter.device_mesh
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
 
 
 @dataclass
