@@ -25,6 +25,7 @@ from .measure import agreed, fastest
 from .parallel.agree import together
 from .parallel.apply import Dispatch, choose_dispatch, shard, why_whole
 from .parallel.memory import why_not_whole
+from .parallel.mesh import in_order
 from .planning import Pattern, Plan
 from .regional import compile_layers, layer_graphs
 from .reporting import Report
@@ -107,6 +108,8 @@ def optimize(
     seconds: dict[str, float] = {}
     with together("optimize()", mesh), _timed(seconds, "plan"):
         chosen = _checked_plan(model, mesh, plan, optimizer, dense, numerics, measure, overrides)
+    if mesh is not None:
+        mesh = in_order(mesh)
     if mesh is not None and measure:
         chosen = agreed(chosen)
     alone = left_alone(model)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .errors import CheckFailed, MoePatchError, Problem
 from .kinds import KINDS
+from .parallel import fsdp2
 from .parallel.apply import can_split
 from .parallel.mesh import why_not_mesh
 from .planning import Plan
@@ -59,6 +60,10 @@ def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> Iterator[Problem]:
     reason = why_not_mesh(mesh)
     if reason is not None:
         yield Problem("mesh", "mesh", reason, "moepatch.make_mesh(ep=…) makes the usual one.")
+        return
+    lacking = fsdp2.why_not(mesh["ep"])
+    if lacking is not None:
+        yield Problem("torch", "mesh", lacking, "Install one of these versions, or optimize without a mesh.")
         return
     devices = {p.device.type for p in model.parameters()} - {"meta"}
     if devices and devices != {mesh.device_type}:

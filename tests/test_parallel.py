@@ -77,6 +77,27 @@ def test_logits_and_gradients_are_those_of_one_process(mesh):
     on_ranks(torch.Size(dims.values()).numel(), train_step, FAMILIES, dims)
 
 
+@pytest.mark.parametrize("dims", [(("ep", 2), ("dp_shard", 2)), (("ep", 2), ("dp_replicate", 2)), (("dp_shard", 2), ("ep", 1), ("dp_replicate", 2))])
+def test_mesh_dims_in_any_order(dims):
+    on_ranks(4, train_step, ["mixtral"], dict(dims))
+
+
+def uneven(widths):
+    """Experts that do not divide evenly: ranks hold more or less of them, and all gather the same. In between they would differ by what they hold."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for width in widths:
+        model, one = (zoo.build("mixtral", num_local_experts=3, intermediate_size=width) for _ in range(2))
+        model = moepatch.optimize(model, mesh_of({"dp_shard": 2, "ep": 1}), verify=False)
+        zoo.loss(model(**batch("mixtral", model, rank))).backward()
+        for other in range(ranks):
+            (zoo.loss(one(**batch("mixtral", one, other))) / ranks).backward()
+        check_gradients(model, {key: p.grad for key, p in one.named_parameters()})
+
+
+def test_experts_that_do_not_divide_evenly():
+    on_ranks(2, uneven, (16, 32, 48, 64, 96, 128))
+
+
 def choices():
     """What the report says of the dispatcher, for the automatic choice, a name, a function, and a name that cannot serve."""
     import functools

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import moepatch
 from moepatch.parallel import apply, gather
-from moepatch.parallel.passes import Together
+from moepatch.parallel.passes import Throughout, Together
 from moepatch.surgery import Journal
 
 LAYERS = 5
@@ -287,12 +287,18 @@ class Stack(nn.Module):
         return x
 
 
-def orders(order):
+def orders(order, stay, odd_bytes):
     """One process against bundles, with a step after each backward."""
     whole, model, journal = Stack(order), Stack(order), Journal()
-    with mock.patch.object(apply, "may_stay", lambda units, experts: True), mock.patch.object(gather, "BUNDLE_BYTES", 2 * (8 * 9 * 4 + 16 * 8)):
+    with (
+        mock.patch.object(apply, "may_stay", lambda units, experts: stay),
+        mock.patch.object(gather, "BUNDLE_BYTES", 2 * (8 * 9 * 4 + 16 * 8)),
+        mock.patch.object(gather, "ODD_BYTES", odd_bytes),
+    ):
         apply._shard_dense(model, mesh_of({"dp": 2}), set(), journal)
-    assert [[len(t.layers), len(t.units)] for t in journal.steps if isinstance(t, Together)] == [[2, 2], [2, 2]]
+    a_bundle = [2, 1 if odd_bytes else 2]
+    assert [[len(t.layers), len(t.units)] for t in journal.steps if isinstance(t, Together)] == ([a_bundle, a_bundle] if stay else [])
+    assert [len(t.parts) for t in journal.steps if isinstance(t, Throughout)] == ([4] if odd_bytes else [])
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
         y = model(x[dist.get_rank()])
@@ -319,8 +325,14 @@ def orders(order):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (0, 1, 2, 3, 0, 1, 2, 3), (0, 0, 1, 1), (0, 2, 3), (1, 3), (0, 3, 1, 2, 2)])
-def test_layers_in_any_order(order):
-    on_ranks(2, orders, order)
+@pytest.mark.parametrize("odd_bytes", [2**30, 0])
+def test_layers_in_any_order(order, odd_bytes):
+    on_ranks(2, orders, order, True, odd_bytes)
+
+
+@pytest.mark.parametrize("odd_bytes", [2**30, 0])
+def test_layers_that_do_not_stay(odd_bytes):
+    on_ranks(2, orders, (0, 2, 1, 1, 3), False, odd_bytes)
 
 
 def test_bundles_have_a_size_and_one_dtype():

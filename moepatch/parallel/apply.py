@@ -9,22 +9,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .. import registry
 from ..checkpoint import PatchedModel
 from ..dispatch.base import Dispatcher
 from ..dispatch.chain import Chain
-from ..errors import BackendUnavailable
+from ..errors import BackendUnavailable, MoePatchError
 from ..experts.module import ExpertsState
 from ..kinds import KINDS
 from ..planning import Plan
 from ..site import Site
 from ..surgery import InjectClass, Journal, Patched, ReplaceState
 from .experts import PatchedShardedExperts, ShardedState
-from .gather import GatherAhead, NoGatherInBackward, bundles, ends, layer_lists, may_stay, odd_modules, units
+from .gather import GatherAhead, NoGatherInBackward, bundles, ends, layer_lists, may_stay, odd_parameters, owners, small_odd, units
 from .mesh import Meshes, resolve
-from .passes import Passes, Together
+from .passes import Passes, Throughout, Together
 from .shard import FullyShard, ShardExperts
 from .trainer import AnswerTrainer, Sharded, ShardedModel
 
@@ -79,6 +80,8 @@ def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter],
     lists, (embeddings, head) = layer_lists(model), ends(model)
     passes = Passes(model)
     stay = may_stay(units(model), ignored)
+    odd = small_odd(model, ignored)
+    ignored = ignored.union(*odd.values())
     chains: list[list[list[nn.Module]]] = []
     done: set[int] = set()
     for listed in lists:
@@ -94,9 +97,11 @@ def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter],
     if head is not None:
         # The loss may read its weight after its forward, and the backward begins with it.
         journal.do(FullyShard([head], mesh, ignored, reshard_after_forward=False))
-    for module, _ in odd_modules(model, ignored):
-        journal.do(FullyShard([module], mesh, ignored))
-    journal.do(FullyShard([model], mesh, ignored, reshard_after_forward=False))
+    _shard_alone(model, mesh, ignored, journal, reshard_after_forward=False)
+    for parameters in odd.values():
+        parts = _parts(model, parameters)
+        modules = _shard_parameters(model, parameters, mesh, journal)
+        journal.do(Throughout(modules, parts, passes))
     if len(chains) == 1:
         chains = [[[end] for end in (embeddings,) if end is not None] + chains[0] + [[end] for end in (head,) if end is not None]]
     for chain in chains:
@@ -104,26 +109,53 @@ def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter],
     journal.do(passes)
 
 
-def _shard_alone(layer: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> list[nn.Module]:
-    """A unit for a layer, and one for each module in it that has another dtype, as FSDP2 wants one dtype in a unit. Returns the layer, alone."""
-    for module, _ in odd_modules(layer, ignored):
-        journal.do(FullyShard([module], mesh, ignored))
-    journal.do(FullyShard([layer], mesh, ignored))
-    return [layer]
+def _shard_alone(
+    unit: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal, reshard_after_forward: bool = True
+) -> list[nn.Module]:
+    """A unit for a module, and one for each module in it that has parameters of another dtype. Returns the module, alone."""
+    odd = [p for parameters in odd_parameters(unit, ignored).values() for p in parameters]
+    journal.do(FullyShard([unit], mesh, ignored.union(odd), reshard_after_forward))
+    for module in owners(unit, odd):
+        _shard_parameters(module, [p for p in odd if any(p is own for own in module._parameters.values())], mesh, journal, reshard_after_forward=True)
+    return [unit]
 
 
 def _shard_together(layers: list[nn.Module], passes: Passes, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> list[nn.Module]:
     """A unit for layers, and one for each other dtype in them; all stay gathered. Returns a module of each."""
-    odd: dict[frozenset[torch.dtype], list[nn.Module]] = {}
+    odd: dict[torch.dtype, list[nn.Parameter]] = {}
     for layer in layers:
-        for module, dtypes in odd_modules(layer, ignored):
-            odd.setdefault(dtypes, []).append(module)
-    together = [*odd.values(), layers]
-    for modules in together:
-        journal.do(FullyShard(modules, mesh, ignored, reshard_after_forward=False))
-    first = [modules[0] for modules in together]
+        for dtype, parameters in odd_parameters(layer, ignored).items():
+            odd.setdefault(dtype, []).extend(parameters)
+    journal.do(FullyShard(layers, mesh, ignored.union(*odd.values()), reshard_after_forward=False))
+    first = [layers[0], *(_shard_parameters(nn.ModuleList(layers), parameters, mesh, journal)[0] for parameters in odd.values())]
     journal.do(Together(layers, first, passes))
     return first
+
+
+def _shard_parameters(
+    root: nn.Module, parameters: list[nn.Parameter], mesh: DeviceMesh, journal: Journal, reshard_after_forward: bool = False
+) -> list[nn.Module]:
+    """A unit for these parameters alone, all of one dtype; the unit that has the rest of their modules comes before. Returns the modules that have them.
+
+    Raises:
+        MoePatchError: one of these modules is a unit already, and FSDP2 wants one dtype in a unit.
+    """
+    modules = owners(root, parameters)
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            own = {name: str(p.dtype).removeprefix("torch.") for name, p in module._parameters.items() if p is not None}
+            text = f"{type(module).__name__} has parameters of several dtypes, its own are {own}, and FSDP2 wants one dtype in a unit"
+            raise MoePatchError(f"{text}. Cast its own parameters to the dtype of the rest, or optimize with fsdp=False.")
+    others = {p for module in modules for p in module.parameters()}.difference(parameters)
+    journal.do(FullyShard(modules, mesh, others, reshard_after_forward))
+    return modules
+
+
+def _parts(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Module]:
+    """What may be called by itself and reads some of these parameters: layers, and modules outside of all layers."""
+    layers = units(model)
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    return [layer for layer in layers if owners(layer, parameters)] + [module for module in owners(model, parameters) if id(module) not in inside]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .passes import part
+from .fsdp2 import part
 
 
 @torch.no_grad()

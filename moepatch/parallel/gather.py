@@ -6,11 +6,13 @@
 - Dense parameters may stay gathered from forward to backward (`may_stay`). A layer's backward then releases them and makes its gradients,
   so where the gradients of its experts are larger, memory is at its highest at the end all the same, and half of the gathers are saved.
 - Layers that stay are gathered several at a time (`bundles`), which saves the host most of its work for each.
+- FSDP2 wants one dtype in a unit. What has another one than its layer (`odd_parameters`) is one unit for the whole model where it is small.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,6 +24,9 @@ from transformers import PreTrainedModel
 
 #: Bytes of parameters that layers may have together to be gathered at once: enough for a fast collective and little work for the host, little beside a model.
 BUNDLE_BYTES = 256 * 2**20
+
+#: Bytes of parameters that may be gathered for a whole pass because their dtype is not that of their layers, to save a unit a layer or bundle.
+ODD_BYTES = 2**30
 
 
 def layer_lists(model: nn.Module) -> list[list[nn.Module]]:
@@ -68,28 +73,45 @@ def usual_dtype(unit: nn.Module, ignored: set[nn.Parameter]) -> torch.dtype | No
     return max(counts, key=counts.get, default=None)
 
 
-def odd_modules(unit: nn.Module, ignored: set[nn.Parameter]) -> list[tuple[nn.Module, frozenset[torch.dtype]]]:
-    """Modules inside with parameters of another dtype than is usual there (norms and routers kept in fp32), and their dtypes."""
-    usual, found = usual_dtype(unit, ignored), []
-    for module in unit.modules():
-        own = (p for p in module._parameters.values() if p is not None)
-        dtypes = frozenset(p.dtype for p in own if p.requires_grad and p not in ignored and not isinstance(p, DTensor))
-        if dtypes and dtypes != {usual} and module is not unit:
-            found.append((module, dtypes))
+def odd_parameters(unit: nn.Module, ignored: set[nn.Parameter]) -> dict[torch.dtype, list[nn.Parameter]]:
+    """Those that are trained and have another dtype than is usual there, such as norms, routers and sinks that are kept in fp32, by dtype."""
+    usual, found = usual_dtype(unit, ignored), {}
+    for p in unit.parameters():
+        if p.requires_grad and p not in ignored and not isinstance(p, DTensor) and p.dtype != usual:
+            found.setdefault(p.dtype, []).append(p)
     return found
+
+
+def small_odd(model: nn.Module, ignored: set[nn.Parameter]) -> dict[torch.dtype, list[nn.Parameter]]:
+    """The odd parameters of all layers and of what is outside of them, by dtype; none if they have more than `ODD_BYTES`."""
+    found: dict[torch.dtype, list[nn.Parameter]] = {}
+    seen = set(ignored)
+    for unit in (*units(model), *(end for end in ends(model) if end is not None), model):
+        for dtype, parameters in odd_parameters(unit, seen).items():
+            found.setdefault(dtype, []).extend(parameters)
+        seen.update(unit.parameters())
+    size = sum(p.numel() * p.element_size() for parameters in found.values() for p in parameters)
+    return found if size <= ODD_BYTES else {}
+
+
+def owners(root: nn.Module, parameters: Iterable[nn.Parameter]) -> list[nn.Module]:
+    """The modules that have some of these parameters themselves, outer ones first."""
+    wanted = set(parameters)
+    return [module for module in root.modules() if not wanted.isdisjoint(p for p in module._parameters.values() if p is not None)]
 
 
 def ends(model: nn.Module) -> tuple[nn.Embedding | None, nn.Linear | None]:
     """Input embeddings and output head, where they are ordinary modules whose weights nobody shares (tied ones belong to the root)."""
     if not isinstance(model, PreTrainedModel):
         return None, None
-    owners: dict[int, int] = {}
+    shared: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        shared[id(parameter)] = shared.get(id(parameter), 0) + 1
     listed = {id(module) for layer in units(model) for module in layer.modules()}
 
     def alone(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-        return isinstance(module, kind) and id(module) not in listed and all(owners[id(p)] == 1 for p in module.parameters())
+        simple = isinstance(module, kind) and id(module) not in listed and len({p.dtype for p in module.parameters()}) == 1
+        return simple and all(shared[id(p)] == 1 for p in module.parameters())
 
     try:
         embeddings = model.get_input_embeddings()
@@ -100,14 +122,22 @@ def ends(model: nn.Module) -> tuple[nn.Embedding | None, nn.Linear | None]:
 
 
 def may_stay(units: Iterable[nn.Module], experts: set[nn.Parameter]) -> bool:
-    """Whether the dense parameters of all units, gathered, take no more memory than the gradients of this rank's experts will.
+    """Whether the dense parameters of all units, gathered, take no more memory than the gradients of a rank's experts will.
+
+    Every rank has to find the same, so a rank's share is what it is on average: where experts do not divide evenly, some have more than others.
 
     Args:
-        experts: DTensors, of which this rank holds a part.
+        experts: DTensors, of which each rank holds a part.
     """
     gathered = sum(p.numel() * p.element_size() for unit in units for p in unit.parameters() if not isinstance(p, DTensor))
-    gradients = sum(p.to_local().numel() * p.element_size() for p in experts if p.requires_grad)
+    gradients = sum(p.numel() * p.element_size() // _shares(p) for p in experts if p.requires_grad)
     return gathered <= gradients
+
+
+def _shares(parameter: DTensor) -> int:
+    """Into how many parts a DTensor is cut."""
+    mesh = parameter.device_mesh
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(parameter.placements) if not placement.is_replicate())
 
 
 @dataclass

@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..errors import CheckpointError, MoePatchError
 from .agree import together
-from .passes import part
+from .fsdp2 import part
 from .pieces import box_of, local_part
 from .recipes import Files, Recipe, checked_recipes, find_files, opened
 from .save import sharding_mesh

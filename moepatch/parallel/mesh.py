@@ -70,8 +70,20 @@ def why_not_mesh(mesh: object) -> str | None:
     return None
 
 
+def in_order(mesh: DeviceMesh) -> DeviceMesh:
+    """A valid mesh with its dims in the order of `DIMS`, which slices of it need: itself, or a new one where each rank has its place of before.
+
+    All ranks of the process group have to call it: a new mesh has groups of its own.
+    """
+    names = tuple(name for name in DIMS if name in mesh.mesh_dim_names)
+    if names == tuple(mesh.mesh_dim_names):
+        return mesh
+    places = mesh.mesh.permute([mesh.mesh_dim_names.index(name) for name in names])
+    return DeviceMesh(mesh.device_type, places.contiguous(), mesh_dim_names=names)
+
+
 def resolve(mesh: DeviceMesh) -> Meshes:
-    """The parts of a valid mesh."""
+    """The parts of a valid mesh whose dims are in order."""
     sizes = dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True))
     shard = [name for name in ("dp_shard", "ep") if name in sizes]
     replicate = ["dp_replicate"] if sizes.get("dp_replicate", 1) > 1 else []

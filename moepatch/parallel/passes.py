@@ -2,101 +2,21 @@
 
 FSDP2 gathers, reduces and keeps its books once for a unit, so fewer and larger units cost the host less. Its own units of several modules
 trust that all of them run each time, one after the other. A pass that breaks off, or a layer that is called by itself, would leave them
-half-way, and later passes would use old weights. `Together` therefore decides itself where a unit's forward begins and ends. That takes
-FSDP2's inner functions, as torch 2.11 to 2.13 have them.
+half-way, and later passes would use old weights. `Together` therefore decides itself where a unit's forward begins and ends, and
+`Throughout` does so for what is gathered for a whole pass. What that takes of FSDP2 is in `fsdp2`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.utils.hooks import RemovableHandle
 
-
-def part(unit: FSDPModule) -> None:
-    """An FSDP2 unit as it is between two steps: in parts, nothing on its way, whatever a pass that broke off has left."""
-    _begin_anew(unit._get_fsdp_state(), forget=True)
-
-
-def _held(model: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """What FSDP2 keeps of each parameter of a model, with its group; the unit that gathers it may be a module around the model."""
-    inside = set(model.modules())
-    own = [unit._get_fsdp_state() for unit in inside if isinstance(unit, FSDPModule)]
-    around = (state for context in {state._state_ctx for state in own} for state in context.all_states)
-    for group in filter(None, {state._fsdp_param_group for state in (*own, *around)}):
-        for held in group.fsdp_params:
-            info = held._module_info
-            if not inside.isdisjoint((info.module, *info.shared_modules)):
-                yield group, held
-
-
-def gathered(model: nn.Module) -> dict[int, nn.Parameter]:
-    """What the optimizer steps in place of each parameter of a model that is gathered at the moment, by the gathered one's id."""
-    return {id(held._unsharded_param): held.sharded_param for group, held in _held(model) if group.is_unsharded}
-
-
-def drop_unreduced(model: nn.Module) -> None:
-    """Lets go of gradients of a model's parameters that ranks have not added up yet, such as those of ``no_sync``."""
-    for _, held in _held(model):
-        held.unsharded_accumulated_grad = None
-        _drop_unsharded(held)
-
-
-def _drop_unsharded(held: Any) -> None:
-    if hasattr(held, "_unsharded_param"):
-        held._unsharded_param.grad = None
-
-
-def _end_backward(root: Any) -> None:
-    """Ends a backward pass that broke off. FSDP2 would wait for its end for ever, and never again reduce what only the end reduces.
-
-    What is not reduced yet is not whole and is dropped, with what ``no_sync`` had kept from passes before.
-    """
-    for state in root._state_ctx.all_states:
-        if (group := state._fsdp_param_group) is not None:
-            group._training_state = TrainingState.POST_BACKWARD  # nothing of it is reduced any more
-            for held in group.fsdp_params:
-                _drop_unsharded(held)
-    root._root_post_backward_final_callback()
-
-
-def _begin_anew(state: Any, forget: bool) -> None:
-    """As `part`; what is on its way is kept unless it is to be forgotten."""
-    state._training_state = TrainingState.IDLE
-    group = state._fsdp_param_group
-    if group is None:
-        return
-    group._training_state = TrainingState.IDLE  # else FSDP2 does not part a unit that stays
-    if forget:
-        _forget(group)
-    group.reshard()
-
-
-def _gather_once(group: Any) -> None:
-    """Makes the memory that an FSDP2 unit gathers into. What inference mode had made could not be gathered into by any other pass."""
-    if not all(held.all_gather_outputs for held in group.fsdp_params):
-        with torch.inference_mode(False):
-            group.unshard()
-            group.wait_for_unshard()
-            group.reshard()
-
-
-def _forget(group: Any) -> None:
-    """Lets go of parameters that were gathered ahead and not used."""
-    if group._all_gather_result is not None:
-        if (event := group._all_gather_result.all_gather_event) is not None:
-            group.device_handle.current_stream().wait_event(event)
-        if isinstance(work := group._all_gather_result.all_gather_work, dist.Work):
-            work.wait()
-        group._all_gather_result = None
+from .fsdp2 import Root, Unit
 
 
 def _in_backward() -> bool:
@@ -113,11 +33,13 @@ class Passes:
     Attributes:
         model: the root.
         members: filled by `Together`; they end what a pass leaves open.
+        throughout: filled by `Throughout`; they are gathered when a pass begins.
         running: whether a pass is under way.
     """
 
     model: nn.Module
     members: list[Together] = field(default_factory=list)
+    throughout: list[Throughout] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
     running: bool = False
     had_gradients: bool = False
@@ -131,14 +53,9 @@ class Passes:
         while self.handles:
             self.handles.pop().remove()
 
-    def prepare(self) -> Any:
-        """FSDP2's state of the model, after FSDP2 has learned that this is the root, whatever part of it is called first."""
-        root = self.model._get_fsdp_state()
-        if root._is_root is None:
-            root._lazy_init()
-            states = root._state_ctx.all_states
-            states[:] = dict.fromkeys(states)  # torch 2.11 lists a unit once for each of its modules
-        return root
+    def prepare(self) -> Root:
+        """What FSDP2 has of the model, after it has learned that this is the root, whatever part of it is called first."""
+        return Root.of(self.model)
 
     @torch._disable_dynamo
     def _begin(self, module: nn.Module, args: tuple) -> None:
@@ -146,20 +63,18 @@ class Passes:
         if _in_backward():
             return
         root = self.prepare()
-        context = root._state_ctx
-        if context.post_backward_final_callback_queued:
-            _end_backward(root)
-        # FSDP2 forgets the root of a pass at its end. After one that broke off it would not wait for the optimizer.
-        broken, context.iter_forward_root = context.iter_forward_root is not None, None
-        if broken or self.had_gradients or torch.is_grad_enabled():
-            for state in context.all_states:
-                _begin_anew(state, forget=True)
+        if root.backward_broke_off:
+            root.end_backward(self.model)
+        if root.forward_broke_off() or self.had_gradients or torch.is_grad_enabled():
+            for unit in root.units:
+                unit.begin_anew(forget=True)
         if torch.is_inference_mode_enabled():
-            for state in context.all_states:
-                if state._fsdp_param_group is not None:
-                    _gather_once(state._fsdp_param_group)
+            for unit in root.units:
+                unit.gather_once()
         for member in self.members:
             member.following = None
+        for member in self.throughout:
+            member.unit.gather()
         self.had_gradients = torch.is_grad_enabled()
 
     @torch._disable_dynamo
@@ -169,9 +84,10 @@ class Passes:
             return
         for member in self.members:
             member.close()
-        for state in self.prepare()._state_ctx.all_states:
-            if state._fsdp_param_group is not None:
-                _forget(state._fsdp_param_group)
+        for member in self.throughout:
+            member.end(output)
+        for unit in self.prepare().units:
+            unit.forget()
 
 
 @dataclass
@@ -183,26 +99,25 @@ class Together:
 
     Attributes:
         layers: in their order.
-        units: a module of each FSDP2 unit that the layers' parameters are in: one for each dtype. None is resharded after a forward.
+        modules: one of each FSDP2 unit that the layers' parameters are in, the layers' own first. None is resharded after a forward.
         passes: those of the model.
         following: which layer goes on with what the one before it began, if it comes next.
         alone: whether what runs now ends with the layer that runs.
     """
 
     layers: list[nn.Module]
-    units: list[nn.Module]
+    modules: list[nn.Module]
     passes: Passes
-    states: list[Any] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
     following: int | None = None
     alone: bool = False
 
     def do(self) -> None:
         """Replaces FSDP2's forward hooks. Its own do not come back: the steps that shard are undone with this one."""
-        self.states = [unit._get_fsdp_state() for unit in self.units]
-        for state in self.states:
-            state._pre_forward_hook_handle.remove()
-            state._post_forward_hook_handle.remove()
+        self.units = [Unit.of(module) for module in self.modules]
+        for unit in self.units:
+            unit.take_over()
         for index, layer in enumerate(self.layers):
             before, after = functools.partial(self._before, index), functools.partial(self._after, index)
             self.handles.append(layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
@@ -219,8 +134,8 @@ class Together:
         """Ends what a pass has left open, because it has skipped layers or has broken off."""
         if self.following is not None:
             self.following = None
-            for state in self.states:
-                state._training_state = TrainingState.IDLE
+            for unit in self.units:
+                unit.end_forward()
             self._part_without_gradients()
 
     @torch._disable_dynamo
@@ -229,8 +144,8 @@ class Together:
             if self.passes.running and self.following == index:
                 return None
             self._open(index)
-        for state in self.states:
-            args, kwargs = state._pre_forward(module, args, kwargs)
+        for unit in self.units:
+            args, kwargs = unit.pre_forward(module, args, kwargs)
         return args, kwargs
 
     def _open(self, index: int) -> None:
@@ -238,32 +153,85 @@ class Together:
         inside = self.passes.running
         self.passes.prepare()
         self.following, self.alone = None, index != 0 or not inside
-        for state in self.states:
-            _begin_anew(state, forget=not inside)
+        for unit in self.units:
+            unit.begin_anew(forget=not inside)
 
     @torch._disable_dynamo
     def _after(self, index: int, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._recomputes():
-            for state in self.states:
-                output = state._post_forward(module, args, output)
+            for unit in self.units:
+                output = unit.post_forward(module, args, output)
         elif self.alone or index == len(self.layers) - 1:
             self.following, self.alone = None, False
-            for state in self.states:
-                output = state._post_forward(module, args, output)
+            for unit in self.units:
+                output = unit.post_forward(module, args, output)
             self._part_without_gradients()
         else:
             self.following = index + 1
-            for state in self.states:
-                output = state._register_pre_backward_hook(output)  # the loss may depend on this layer and not on the last one
+            for unit in self.units:
+                output = unit.before_backward(output)  # the loss may depend on this layer and not on the last one
         return output
 
     def _recomputes(self) -> bool:
         """Whether a backward pass has come to these layers and needs their forward again. FSDP2 has nothing to begin or end then."""
-        group = self.states[-1]._fsdp_param_group
-        return group is not None and group._training_state == TrainingState.PRE_BACKWARD and _in_backward()
+        return self.units[0].in_backward and _in_backward()
 
     def _part_without_gradients(self) -> None:
         # So that who asks for ``parameters()`` after a pass without gradients gets what the optimizer steps.
         if not torch.is_grad_enabled():
             for unit in self.units:
-                unit.reshard()
+                unit.part()
+
+
+@dataclass
+class Throughout:
+    """The step that gathers an FSDP2 unit when a pass of the model begins, and reduces its gradients when a backward pass has ended.
+
+    For parameters all over the model that are few and small: nothing is gathered and reduced for them layer by layer. Where a part of the
+    model is called by itself, they are gathered as they are then.
+
+    Attributes:
+        modules: the outermost of the unit. It is not resharded after a forward.
+        parts: what may be called by itself and reads these parameters: layers, and modules outside of all layers.
+        passes: those of the model.
+    """
+
+    modules: list[nn.Module]
+    parts: list[nn.Module]
+    passes: Passes
+    unit: Unit = field(init=False)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def do(self) -> None:
+        """Replaces FSDP2's forward hooks. Its own do not come back: the step that shards is undone with this one."""
+        self.unit = Unit.of(self.modules[0])
+        self.unit.take_over()
+        for module in self.parts:
+            self.handles.append(module.register_forward_pre_hook(self._before, prepend=True))
+            self.handles.append(module.register_forward_hook(self._after))
+        self.passes.throughout.append(self)
+
+    def undo(self) -> None:
+        """Removes them."""
+        while self.handles:
+            self.handles.pop().remove()
+        self.passes.throughout.remove(self)
+
+    def end(self, output: Any) -> None:
+        """After a pass, or after a part by itself. What they return may need these parameters in its backward, whatever comes in between."""
+        if torch.is_grad_enabled():
+            self.unit.watch(output)
+        else:
+            self.unit.part()  # so that who asks for ``parameters()`` gets what the optimizer steps
+
+    @torch._disable_dynamo
+    def _before(self, module: nn.Module, args: tuple) -> None:
+        if not self.passes.running and not _in_backward():
+            self.passes.prepare()
+            self.unit.begin_anew(forget=True)
+        self.unit.gather()
+
+    @torch._disable_dynamo
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.is_grad_enabled() or not (self.passes.running or _in_backward()):
+            self.end(output)

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.distributed import _composable_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from .passes import part
+from .fsdp2 import disown, part
 
 #: Where FSDP2 registers hooks.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
@@ -141,7 +140,7 @@ class FullyShard:
                     for flags in _HOOK_FLAGS:
                         vars(module)[flags].pop(key, None)
         for module in self.modules:
-            _composable_state._module_state_mapping.pop(module, None)
+            disown(module)
 
 
 def _is_fsdp(hook: object) -> bool:

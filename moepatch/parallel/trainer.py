@@ -22,7 +22,7 @@ from transformers.distributed import DistributedConfig
 
 from ..checkpoint import PatchedModel
 from ..surgery import Patched
-from .passes import drop_unreduced, gathered
+from .fsdp2 import drop_unreduced, gathered
 
 
 class Sharded(Patched):

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ...autocast import autocast_dtype
 from ...kind import Injections, Kind
+from ...parallel.fsdp2 import Unit
 from ...registry import compute
 from ...surgery import Patched
 from ...trial import Call
@@ -43,24 +44,21 @@ class PatchedHead(Patched):
 
 
 def _is_plain(head: nn.Linear, hidden: Tensor) -> bool:
-    """Whether the fused loss can take the place of the head: dense tensors that are whole here and stay so until the loss."""
+    """Whether the fused loss can take the place of the head: dense tensors that are whole here and stay so until the loss.
+
+    An FSDP2 unit frees its weights when its forward returns, unless it stays.
+    """
     weight = head.weight
     if type(hidden) is not Tensor or type(weight) not in (nn.Parameter, Tensor) or hidden.ndim < 2 or weight.device != hidden.device or hidden.is_meta:
         return False
     same = hidden.dtype == weight.dtype or autocast_dtype(hidden.device) is not None
-    return same and hidden.is_floating_point() and not (isinstance(head, FSDPModule) and _loses_weight(head))
+    return same and hidden.is_floating_point() and not (isinstance(head, FSDPModule) and not Unit.of(head).stays)
 
 
 def _watches_gradients(head: nn.Linear) -> bool:
     """Whether hooks wait for the gradient of the logits, which the fused loss never makes."""
     everywhere = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
     return bool(head._backward_hooks or head._backward_pre_hooks or everywhere)
-
-
-def _loses_weight(unit: FSDPModule) -> bool:
-    """Whether an FSDP2 unit frees its weights when its forward returns; one with ``reshard_after_forward=False`` has them until its backward."""
-    group = unit._get_fsdp_state()._fsdp_param_group
-    return group is not None and group.post_forward_mesh_info is not None
 
 
 def with_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
