@@ -138,7 +138,7 @@ def _advice(pattern: Pattern, missed: str, untried: bool) -> str:
     if untried:
         return f"{where} cannot be verified: {missed}. Everything was rolled back. {alone}; verify=False takes the backend unverified."
     others = next_best(pattern, "failed").backend is not None
-    choice = f"Left to itself (without {table}={pattern.backend!r}) moepatch takes another backend if one fits; " if others else ""
+    choice = f"Without {table}= (or a plan that names it) moepatch takes another backend if one fits; " if others else ""
     return f"{where} does not compute what the module does, {missed}. Everything was rolled back. {choice}{alone}. Please report this."
 
 

@@ -156,13 +156,14 @@ class _Trials:
         return truth, ours, self._theirs(call, None, _own_path(self.module) if self.rounded is None else None, self.rounded)
 
     def _in_double(self) -> dict[str, Tensor]:
-        return self._theirs(self._call(0), torch.float64, trial.eager_forward(self.module), run=trial.run_in_double)
+        return self._theirs(self._call(0), torch.float64, trial.eager_forward(self.module))
 
-    def _theirs(self, call: Call, dtype: torch.dtype | None, forward, rounded=None, run=trial.run) -> dict[str, Tensor]:
+    def _theirs(self, call: Call, dtype: torch.dtype | None, forward, rounded=None) -> dict[str, Tensor]:
         """What the family computes, with weights of a dtype or their own."""
         try:
             subject = self._subject(None, dtype)
             subject = subject if rounded is None else rounded(subject)
+            run = trial.run_in_double if dtype == torch.float64 and self.dtype != dtype else trial.run
             results = run(subject, call, forward=self.kind.call or (None if self.kind.stand_in else forward))
         except getattr(torch, "AcceleratorError", ()):
             raise
