@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -14,25 +13,22 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import planning
+from .carrying_out import Done, carry_out, timed
 from .check import check_model, check_plan
-from .checkpoint import ModelState, PatchedModel
 from .dispatch.base import Dispatcher
 from .errors import MoePatchError, NothingMatched, PlanMismatch
 from .kinds import KINDS
 from .match.attention_function import left_alone
-from .match.experts import implementation
-from .measure import agreed, fastest
+from .measure import agreed, fastest, is_measured
 from .parallel.agree import together
-from .parallel.apply import Dispatch, choose_dispatch, shard, why_whole
+from .parallel.apply import Dispatch, choose_dispatch, why_whole
 from .parallel.memory import why_not_whole
 from .parallel.mesh import in_order
-from .planning import Pattern, Plan
-from .regional import compile_layers, layer_graphs
+from .plainly import plainly
+from .planning import Plan
+from .regional import layer_graphs
 from .reporting import Report
-from .scan import outermost_pretrained
-from .surgery import InjectClass, Journal, Patched
-from .verify import Verified
-from .verify import verify as verify_pattern
+from .surgery import Journal, Patched
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,6 +42,7 @@ class _Patch:
     mesh: DeviceMesh | None = None
 
 
+@plainly()
 def optimize(
     model: Model,
     mesh: DeviceMesh | None = None,
@@ -69,7 +66,8 @@ def optimize(
             rank calls `optimize` with the same model: experts are spread over `ep`, everything is sharded by FSDP2, and gradients are
             those of the mean of the ranks' losses.
         plan: an edited plan from `plan(model)`; made here if None.
-        verify: try one module of each pattern against the untouched one and roll back if they differ.
+        verify: try one module of each pattern against the untouched one. Where they differ, the next backend is tried, and where none fits the
+            modules of that pattern keep the family's code; the report says so.
         fsdp: with a mesh, shard dense parameters too. With False they stay whole, and averaging their gradients is up to you.
         dispatch: with a mesh, the name of the dispatcher (`moepatch doctor` lists them), or a function ``(group, num_experts)`` that makes
             one, such as ``functools.partial(DeepEP, num_sms=24)``. Chosen if None; the report's notes say why.
@@ -90,7 +88,7 @@ def optimize(
     Raises:
         NothingMatched: there is nothing in the model that moepatch can serve.
         CheckFailed: the model must not be changed as it is (wrapped, quantized, offloaded, compiled, …).
-        NumericMismatch: a patched module computed something else.
+        NumericMismatch: a backend that was asked for by name computes something else than the module does.
         MoePatchError: all others that a user can cause. Whatever is raised, the model is as it was.
 
     >>> model = moepatch.optimize(model)          # doctest: +SKIP
@@ -106,7 +104,7 @@ def optimize(
     if not isinstance(plan, Plan | None):
         raise MoePatchError(f"plan is a {type(plan).__name__}; it can be what moepatch.plan(model) returns, edited or not, or None.")
     seconds: dict[str, float] = {}
-    with together("optimize()", mesh), _timed(seconds, "plan"):
+    with together("optimize()", mesh), timed(seconds, "plan"):
         chosen = _checked_plan(model, mesh, plan, optimizer, dense, numerics, measure, overrides)
     if mesh is not None:
         mesh = in_order(mesh)
@@ -114,34 +112,10 @@ def optimize(
         chosen = agreed(chosen)
     alone = left_alone(model)
     moved = None if mesh is None else choose_dispatch(chosen, mesh, dispatch)
-    journal, verified = _carried_out(model, chosen, mesh, moved, verify, fsdp, compile, seconds)
-    made = Report(chosen, verified, _notes(chosen, verified, verify, moved, alone), seconds, tuple(layer_graphs(journal.steps)))
-    model.__dict__["_moepatch_patch"] = _Patch(made, journal, mesh)
+    done = carry_out(model, chosen, mesh, moved, verify, fsdp, compile, seconds)
+    made = Report(done.plan, done.verified, _notes(done, verify, moved, alone), seconds, tuple(layer_graphs(done.journal.steps)))
+    model.__dict__["_moepatch_patch"] = _Patch(made, done.journal, mesh)
     return model
-
-
-def _carried_out(
-    model: nn.Module, plan: Plan, mesh: DeviceMesh | None, moved: Dispatch | None, verify: bool, fsdp: bool, compile: str | None, seconds: dict[str, float]
-) -> tuple[Journal, tuple[Verified, ...]]:
-    """Everything that changes the model. Whatever is raised, the model is as it was."""
-    journal = Journal()
-    try:
-        with together("optimize()", mesh):
-            with _timed(seconds, "apply"):
-                apply(model, plan, journal)
-            with _timed(seconds, "verify"):
-                verified = tuple(verify_pattern(model, p) for p in plan.patterns if p.backend) if verify else ()
-            relayout(model, plan, journal)
-            if mesh is not None:
-                with _timed(seconds, "shard"):
-                    shard(model, plan, mesh, moved, fsdp, journal)
-            for step in compile_layers(model) if compile else ():
-                journal.do(step)
-    except BaseException:
-        journal.undo()
-        raise
-    journal.commit()
-    return journal, verified
 
 
 def _checked_plan(
@@ -160,6 +134,7 @@ def _checked_plan(
     return chosen
 
 
+@plainly()
 def plan(model: nn.Module, mesh: DeviceMesh | None = None, *, dense: bool = True, numerics: str = "exact", measure: bool = True, **overrides) -> Plan:
     """The road up to *check*: what `optimize` would do with the same arguments. Changes nothing.
 
@@ -181,29 +156,7 @@ def _made(model: nn.Module, dense: bool, numerics: str, measure: bool, overrides
     return fastest(model, made) if measure else made
 
 
-def apply(model: nn.Module, plan: Plan, journal: Journal) -> None:
-    """Patches every site of the plan in its order, and the models around them; every step goes on the journal."""
-    for pattern in plan.patterns:
-        for site in pattern.sites if pattern.backend is not None else ():
-            module = model.get_submodule(site.fqn)
-            kind = KINDS[site.kind]
-            for name, (mixin, state) in kind.injections(site.spec, pattern.backend, implementation(module)).items():
-                journal.do(InjectClass(module.get_submodule(name), mixin, state))
-            for step in kind.steps(module, site.spec, pattern.backend):
-                journal.do(step)
-    count = len(journal.steps)
-    for pretrained in outermost_pretrained(model).values():
-        journal.do(InjectClass(pretrained, PatchedModel, ModelState(count)))
-
-
-def relayout(model: nn.Module, plan: Plan, journal: Journal) -> None:
-    """Moves weights whose layout has to change. Last: until then a patched module can be compared with the module it was."""
-    for pattern in plan.patterns:
-        for site in pattern.sites if pattern.backend is not None else ():
-            for step in KINDS[site.kind].relayout(model.get_submodule(site.fqn), site.spec):
-                journal.do(step)
-
-
+@plainly()
 def restore(model: Model) -> Model:
     """Undoes `optimize`: the original classes, parameters and hooks, with the trained weights. Returns the same object.
 
@@ -215,7 +168,7 @@ def restore(model: Model) -> Model:
     """
     patch = patch_of(model)
     if patch is None:
-        warnings.warn(f"moepatch.restore: this {type(model).__name__} is not patched; nothing to do.{_elsewhere(model, 'restore')}", stacklevel=2)
+        warnings.warn(f"moepatch.restore: this {type(model).__name__} is not patched; nothing to do.{_elsewhere(model, 'restore')}", stacklevel=3)
         return model
     with together("restore()", patch.mesh):
         reason = why_not_whole(model) if patch.mesh is not None else None
@@ -260,7 +213,7 @@ def _again(model: Model) -> Model:
     """The second `optimize` of a model changes nothing and says so."""
     patch = patch_of(model)
     note = "optimize() was called again: the model is patched already, nothing was changed. Call moepatch.restore(model) first to patch it differently."
-    warnings.warn(f"moepatch: {note}", stacklevel=3)
+    warnings.warn(f"moepatch: {note}", stacklevel=4)
     if note not in patch.report.notes:
         patch.report = replace(patch.report, notes=(*patch.report.notes, note))
     return model
@@ -269,6 +222,7 @@ def _again(model: Model) -> Model:
 def _fitting(given: Plan, fresh: Plan) -> Plan:
     """A plan that was passed in, on condition that the model still is what the plan was made for."""
     present = {site.fqn: pattern for pattern in fresh.patterns for site in pattern.sites}
+    fitting = []
     for pattern in given.patterns:
         for site in pattern.sites:
             if site.fqn not in present:
@@ -276,14 +230,14 @@ def _fitting(given: Plan, fresh: Plan) -> Plan:
             now = present[site.fqn].site
             if (site.kind, site.spec, site.dtype) != (now.kind, now.spec, now.dtype):
                 raise PlanMismatch(f"{site.fqn}: the plan was made for {site.spec.describe()} {site.dtype}, the model has {now.spec.describe()} {now.dtype}. Make a new plan.")
+        chosen = present[pattern.site.fqn]
+        # What is available is a fact of this machine, not of the one that made the plan.
+        here = replace(pattern, choices=chosen.choices)
         if pattern.backend is not None:
-            replace(given, patterns=(_with_choices(pattern, present[pattern.site.fqn]),)).with_backends(**{KINDS[pattern.site.kind].backends: pattern.backend})
-    return given
-
-
-def _with_choices(pattern: Pattern, fresh: Pattern) -> Pattern:
-    """What is available is a fact of this machine, not of the one that made the plan."""
-    return replace(pattern, choices=fresh.choices)
+            (named,) = replace(given, patterns=(here,)).with_backends(**{KINDS[pattern.site.kind].backends: pattern.backend}).patterns
+            here = here if pattern.backend == chosen.backend or is_measured(pattern) else named
+        fitting.append(here)
+    return replace(given, patterns=tuple(fitting))
 
 
 def _nothing(model: nn.Module, plan: Plan) -> str:
@@ -299,9 +253,10 @@ def _nothing(model: nn.Module, plan: Plan) -> str:
     return f"{name} has no mixture of experts: none of its {sum(1 for _ in model.modules())} modules is anything that moepatch can serve. The model is unchanged."
 
 
-def _notes(plan: Plan, verified: tuple[Verified, ...], verify: bool, moved: Dispatch | None, alone: dict[str, str]) -> tuple[str, ...]:
-    notes = [] if verify else ["not verified: optimize(..., verify=False)"]
-    notes += [f"{v.fqn}: {v.note}" for v in verified if v.note]
+def _notes(done: Done, verify: bool, moved: Dispatch | None, alone: dict[str, str]) -> tuple[str, ...]:
+    plan = done.plan
+    notes = [*done.notes] if verify else ["not verified: optimize(..., verify=False)"]
+    notes += [f"{v.fqn}: {v.note}" for v in done.verified if v.note]
     if not plan.mixture:
         notes.append("there is no mixture of experts in this model" if not plan.refusals else "its mixture of experts is left alone: see the reasons")
     notes += [f"{fqn or 'the model'}: its attention function is left alone: {why}" for fqn, why in alone.items()]
@@ -312,16 +267,3 @@ def _notes(plan: Plan, verified: tuple[Verified, ...], verify: bool, moved: Disp
     fallen = {c.backend: c.why_not for p in plan.mixture for c in p.choices if p.backend == "reference" and c.why_not}
     notes += [f"the reference backend is slow; {name} cannot serve: {why}" for name, why in fallen.items()]
     return tuple(notes)
-
-
-class _timed:
-    """Adds the seconds spent in a block to a dict."""
-
-    def __init__(self, seconds: dict[str, float], name: str):
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exc):
-        self.seconds[self.name] = round(time.perf_counter() - self.start, 4)

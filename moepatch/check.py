@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -33,7 +34,7 @@ def check_model(model: object, mesh: DeviceMesh | None = None) -> None:
     """
     if not isinstance(model, nn.Module):
         raise MoePatchError(f"optimize() takes a torch.nn.Module, such as from_pretrained returns; this is a {type(model).__name__}.")
-    problems = [*_mesh(model, mesh), *_compiled(model), *_wrapped(model), *_quantized(model)]
+    problems = [*_mesh(model, mesh), *_compiled(model), *_wrapped(model), *(_without_numbers(model) or _quantized(model))]
     # One kind of wrapper explains the rest: an offloaded or wrapped tree would repeat itself for every module.
     problems += [] if problems else [*_offloaded(model)]
     if problems:
@@ -125,6 +126,18 @@ def _wrapped(model: nn.Module) -> Iterator[Problem]:
             placed = f"a DTensor of global shape {tuple(parameter.shape)}, placed {parameter.placements}"
             yield Problem("wrapped", name, f"it is sharded already: {placed}.", "Optimize the model before it is distributed.")
             return
+
+
+def _without_numbers(model: nn.Module) -> list[Problem]:
+    """Weights that nothing can be computed from, or only inside of inference mode."""
+    for name, tensor in model.named_parameters():
+        if isinstance(tensor, FakeTensor):
+            text = f"its weights are fake tensors (FakeTensorMode) of shape {tuple(tensor.shape)}: there are no numbers to verify a patch with."
+            return [Problem("fake", name, text, "Build the model under torch.device('meta') to plan for it, or load its weights outside of the mode.")]
+        if tensor.is_inference():
+            text = "its weights were made inside torch.inference_mode, and so can neither be trained nor moved."
+            return [Problem("inference", name, text, "Load the model outside of inference_mode; it may be called inside of it.")]
+    return []
 
 
 def _quantized(model: nn.Module) -> Iterator[Problem]:

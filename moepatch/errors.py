@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def in_words(error: BaseException) -> str:
+    """An exception on one line: its class and how its message begins."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
 class MoePatchError(ValueError):
     """Base of all errors that moepatch raises on purpose. The model is as it was before the call."""
 
@@ -30,7 +36,7 @@ class CheckpointError(MoePatchError):
 
 
 class NumericMismatch(MoePatchError):
-    """A patched module did not compute what the untouched one does; everything was rolled back."""
+    """A backend that was asked for by name does not compute what the untouched module does; everything was rolled back."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class Problem:
     """One reason why a model must not be changed.
 
     Attributes:
-        code: short and stable, for programs: ``wrapped``, ``quantized``, ``offloaded``, ``compiled``, ``patched``, ``optimizer``, ``mesh``.
+        code: short and stable, for programs: ``wrapped``, ``quantized``, ``offloaded``, ``compiled``, ``patched``, ``optimizer``, ``mesh``,
+            ``fake``, ``inference``.
         where: the module's name, or ``model``.
         message: what is wrong, with the numbers.
         hint: what to do instead.

@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 
 from . import registry, store
+from .errors import in_words
 from .kinds import KINDS
 from .piece import piece
 from .planning import Pattern, Plan
@@ -32,6 +33,7 @@ METHOD = 2
 #: How much faster than a backend of higher rank another one has to be: clocks are no better than that, and ranks know of host time beside the call.
 MARGIN = 0.05
 _WARM_UP, _ROUNDS, _CALLS = 3, 5, 4
+_MEASURED = "measured: "
 _FILE, _NO_ROOM = "choices.json", "does not fit into the memory that is left"
 
 
@@ -74,6 +76,17 @@ def agreed(plan: Plan) -> Plan:
     return replace(plan, patterns=tuple(replace(p, backend=name, why=why) for p, (name, why) in zip(plan.patterns, chosen[0], strict=True)))
 
 
+def by_time(pattern: Pattern) -> list[str]:
+    """The backends of a pattern whose backend was measured, the fastest first; none where nothing was."""
+    times = store.read(_FILE).get(_key(pattern), {}) if is_measured(pattern) and _candidates(pattern) else {}
+    return sorted((name for name, ms in times.items() if isinstance(ms, float)), key=times.get)
+
+
+def is_measured(pattern: Pattern) -> bool:
+    """Whether its backend was chosen by time."""
+    return pattern.why.startswith(_MEASURED)
+
+
 def _start_compilers(patterns: list[Pattern]) -> None:
     """Starts the processes in which QuACK compiles, if it is among those to be timed: they get ready while others are."""
     if any("quack" in _candidates(pattern) for pattern in patterns):
@@ -85,7 +98,7 @@ def _start_compilers(patterns: list[Pattern]) -> None:
 def _candidates(pattern: Pattern) -> list[str]:
     """The backends to choose from; none where there is no choice or it was made already."""
     kind = KINDS[pattern.site.kind]
-    if kind.bench is None or pattern.backend is None or pattern.why == "chosen by the caller" or not pattern.site.device.startswith("cuda"):
+    if kind.bench is None or pattern.backend is None or pattern.by_caller or not pattern.site.device.startswith("cuda"):
         return []
     ranks = {b.name: b.rank for b in registry.backends(kind.backends)}
     names = [name for name in pattern.available if ranks[name] >= 0]
@@ -99,7 +112,7 @@ def _decided(pattern: Pattern, times: dict[str, float | str]) -> Pattern:
     ranks = {b.name: b.rank for b in registry.backends(KINDS[pattern.site.kind].backends)}
     best = max((name for name in timed if timed[name] <= (1 + MARGIN) * min(timed.values())), key=ranks.get)
     listed = ", ".join(f"{name} {ms:.2f} ms" if isinstance(ms, float) else f"{name} {ms}" for name, ms in times.items())
-    return replace(pattern, backend=best, why=f"measured: {listed}")
+    return replace(pattern, backend=best, why=f"{_MEASURED}{listed}")
 
 
 def _time(model: nn.Module, pattern: Pattern, backend: str) -> float | str:
@@ -117,7 +130,7 @@ def attempted(measured: Callable[[], float]) -> float | str:
     except getattr(torch, "AcceleratorError", ()):
         raise  # the device itself has failed: nothing after this can be trusted
     except Exception as error:  # a library may fail in any way on a shape or a machine that it was not made for
-        return f"failed ({type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''})"
+        return f"failed ({in_words(error)})"
 
 
 def best_ms(run: Callable[[], None], device: torch.device) -> float:

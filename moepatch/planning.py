@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ SCHEMA_VERSION = 1
 
 #: What may be chosen with ``optimize(model, experts="reference")``: a table of backends by name.
 OVERRIDES = tuple(dict.fromkeys(kind.backends for kind in KINDS.values()))
+_BY_CALLER = "chosen by the caller"
 #: How closely the patched model has to follow the family's own rounding.
 NUMERICS = ("exact", "relaxed")
 
@@ -65,6 +66,11 @@ class Pattern:
     def fqns(self) -> tuple[str, ...]:
         """The names of all modules of the pattern, shared ones once."""
         return tuple(site.fqn for site in self.sites)
+
+    @property
+    def by_caller(self) -> bool:
+        """Whether the caller has named the backend, or left these modules alone."""
+        return self.why == _BY_CALLER
 
     @property
     def available(self) -> tuple[str, ...]:
@@ -276,7 +282,26 @@ def _choose(sites: tuple[Site, ...], numerics: str) -> Pattern:
     device = best_device() if device.type == "meta" else device
     spec = kind.computes(site.spec)
     choices = tuple(Choice(b.name, b.why_not(spec, dtype, device) or _inexact(b, spec, numerics)) for b in registry.backends(kind.backends))
-    automatic = [c for c, b in zip(choices, registry.backends(kind.backends), strict=True) if b.rank >= 0]
+    return _best(sites, choices)
+
+
+def next_best(pattern: Pattern, why_not: str, order: Sequence[str] = ()) -> Pattern:
+    """The pattern without the backend that it has: with the next one that serves, or with none.
+
+    Args:
+        pattern: has a backend.
+        why_not: why that one is not taken.
+        order: the preferred first; those that are not in it follow by rank.
+    """
+    choices = tuple(replace(c, why_not=why_not) if c.backend == pattern.backend else c for c in pattern.choices)
+    return _best(pattern.sites, choices, order)
+
+
+def _best(sites: tuple[Site, ...], choices: tuple[Choice, ...], order: Sequence[str] = ()) -> Pattern:
+    """The pattern with the first backend that serves and need not be asked for."""
+    ranks = {b.name: b.rank for b in registry.backends(KINDS[sites[0].kind].backends)}
+    automatic = [c for c in choices if ranks[c.backend] >= 0]
+    automatic.sort(key=lambda c: order.index(c.backend) if c.backend in order else len(order))
     best = next((c for c in automatic if c.why_not is None), None)
     if not automatic:
         return Pattern(sites, None, "a backend has to be asked for by name", choices)
@@ -296,7 +321,7 @@ def _with_backend(pattern: Pattern, name: str | None) -> Pattern | BackendUnavai
         why_not = next(c.why_not for c in pattern.choices if c.backend == name)
         if why_not is not None:
             return BackendUnavailable(f"{pattern.site.fqn}: the backend {name!r} cannot serve {pattern.site.spec.describe()}: {why_not}.")
-    return replace(pattern, backend=name, why="chosen by the caller")
+    return replace(pattern, backend=name, why=_BY_CALLER)
 
 
 def _suggest(name: str, known) -> str:

@@ -151,7 +151,7 @@ class Journal:
             if isinstance(step, Committing):
                 step.commit()
 
-    def undo(self) -> None:
-        """Undoes everything, last step first."""
-        while self.steps:
+    def undo(self, to: int = 0) -> None:
+        """Undoes everything, last step first, until so many steps are left."""
+        while len(self.steps) > to:
             self.steps.pop().undo()

@@ -11,9 +11,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers.integrations import hub_kernels
 
+from .errors import in_words
 from .surgery import InjectClass, Patched, original_class
 
 #: The largest relative error in fp32, of outputs and of every gradient.
@@ -130,6 +132,48 @@ def differences(reference: Mapping[str, Tensor], ours: Mapping[str, Tensor], the
     return rows
 
 
+def arbitrated(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], in_double: Callable[[], Mapping[str, Tensor]]) -> tuple[list[Difference], str]:
+    """Compares results in fp32; where they are too far apart, a run of the family's code in float64 says whose error it is.
+
+    A sum of many numbers that cancel is off in fp32, whoever computes it. So where the fixed limit is missed, the three-way rule holds as in
+    low precision, with float64 as the truth.
+
+    Args:
+        theirs: of `run`, the family's own code in fp32.
+        ours: the same of what is tried.
+        in_double: makes the results of the family's own code in float64, see `run_in_double`; called only if something missed.
+
+    Returns:
+        One row for each result, and what float64 was needed for, in words; empty if it was not.
+    """
+    rows = differences(theirs, ours)
+    missed = [row.what for row in rows if not row.ok]
+    if not missed:
+        return rows, ""
+    try:
+        exact = {row.what: row for row in differences(in_double(), ours, theirs)}
+    except Exception as error:  # a family's code may fail in any way in a precision that it was not made for
+        return rows, f"its own code cannot run in float64, which would say whose error it is ({in_words(error)})"
+    rows = [row if row.ok else exact.get(row.what, row) for row in rows]
+    errors = [f"{what} {exact[what].theirs:.1e} and {exact[what].ours:.1e}" for what in missed if what in exact]
+    return rows, f"compared with float64, where the family's own fp32 and this are off by: {'; '.join(errors)}" if errors else ""
+
+
+def run_in_double(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+    """`run` of a module whose weights are float64, with its inputs in float64, and without the casts to fp32 in its code."""
+    with _InDouble():
+        return run(module, call.mapped(Tensor.double), forward=forward)
+
+
+class _InDouble(TorchFunctionMode):
+    """Where code asks for fp32 it gets float64. Of this thread, while it is entered."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        wide = [torch.float64 if arg is torch.float32 else arg for arg in args]
+        named = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
+        return (Tensor.double if func is Tensor.float else func)(*wide, **named)
+
+
 def inject(module: nn.Module, injections: Mapping[str, tuple[type[Patched], object]]) -> nn.Module:
     """Patches a replica in place (there is nothing to undo on a replica). `injections` are those of a `Kind`."""
     for name, (mixin, state) in injections.items():
@@ -149,6 +193,7 @@ def _is_floating(leaf: object) -> bool:
 def _relative(value: Tensor, truth: Tensor) -> float:
     if value.shape != truth.shape:
         return float("inf")
-    scale = torch.linalg.vector_norm(truth).item()
-    error = torch.linalg.vector_norm(value - truth).item()
+    # In fp32 the squares of large numbers overflow, and everything would be near enough.
+    scale = torch.linalg.vector_norm(truth, dtype=torch.float64).item()
+    error = torch.linalg.vector_norm(value - truth, dtype=torch.float64).item()
     return error / scale if scale else error

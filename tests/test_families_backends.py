@@ -9,7 +9,7 @@ from test_families import SERVED, runnable
 
 import moepatch
 from moepatch import registry
-from moepatch.api import apply, relayout
+from moepatch.carrying_out import apply, relayout
 from moepatch.kinds import KINDS
 from moepatch.planning import OVERRIDES
 from moepatch.surgery import Journal

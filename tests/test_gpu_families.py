@@ -11,7 +11,7 @@ import zoo
 from test_families_backends import rounds
 
 import moepatch
-from moepatch.api import apply, relayout
+from moepatch.carrying_out import apply, relayout
 from moepatch.kinds import KINDS
 from moepatch.surgery import Journal
 

@@ -37,11 +37,6 @@ def _cce_serves(spec, dtype, device):
     return missing(dtype, device, "cut_cross_entropy", dtypes=BF16_FP16)
 
 
-def _waits(spec) -> bool:
-    """Liger and Cut Cross-Entropy make the host wait for the device in each step: they are there for those who ask for them."""
-    return False
-
-
 @register_backend("loss", "quack", rank=30, serves="QuACK's chunked linear cross-entropy: Hopper and newer", why_not=_quack_serves)
 def _quack():
     from .adapters import quack
@@ -49,14 +44,15 @@ def _quack():
     return quack()
 
 
-@register_backend("loss", "liger", rank=20, serves="Liger's fused linear cross-entropy", why_not=_liger_serves, exact=_waits)
+# Liger and Cut Cross-Entropy make the host wait for the device in each step: they are there for those who ask for them.
+@register_backend("loss", "liger", rank=-1, serves="Liger's fused linear cross-entropy", why_not=_liger_serves)
 def _liger():
     from .adapters import liger
 
     return liger()
 
 
-@register_backend("loss", "cce", rank=10, serves="Cut Cross-Entropy", why_not=_cce_serves, exact=_waits)
+@register_backend("loss", "cce", rank=-2, serves="Cut Cross-Entropy", why_not=_cce_serves)
 def _cce():
     from .adapters import cce
 
