@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib.metadata
 import os
+from types import SimpleNamespace
 
 import compare
 import fake_fa4
@@ -133,6 +134,43 @@ def test_compiles_are_kept_unless_the_user_says_otherwise(monkeypatch, tmp_path)
     monkeypatch.setenv(names[0], "0")
     with fa4_cache.kept_compiles():
         assert os.environ[names[0]] == "0" and names[1] not in os.environ
+
+
+class JITCache:
+    """As the library's."""
+
+    def __init__(self, folder=None):
+        self.folder, self.cache = folder, {}
+
+
+class JITPersistentCache(JITCache):
+    """As the library's."""
+
+
+def test_compiles_are_kept_if_somebody_else_imported_the_library_first(monkeypatch, tmp_path):
+    """peft does, through Transformer Engine: the settings come too late for it."""
+    for name in (fa4_cache.ENABLED, fa4_cache.DIRECTORY):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MOEPATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.4")
+    utils = SimpleNamespace(JITCache=JITCache, JITPersistentCache=JITPersistentCache, _compute_source_fingerprint=lambda: "print")
+
+    def compiling(cache):
+        function = SimpleNamespace(compile_cache=cache)
+        function.compile_cache.cache["form"] = "compiled"
+        return function
+
+    interface = SimpleNamespace(_flash_attn_fwd=compiling(JITCache()), _flash_attn_bwd=compiling(JITPersistentCache("elsewhere")), other=compiling(JITCache()))
+    fa4_cache.keep(interface, utils)
+    forward = interface._flash_attn_fwd.compile_cache
+    assert type(forward) is JITPersistentCache and forward.folder == tmp_path / "fa4" / "sm90-quack-0.6.4" / "print" / "fwd" and forward.cache == {"form": "compiled"}
+    assert interface._flash_attn_bwd.compile_cache.folder == "elsewhere" and type(interface.other.compile_cache) is JITCache
+    monkeypatch.setenv(fa4_cache.ENABLED, "0")
+    interface._flash_attn_fwd = compiling(JITCache())
+    fa4_cache.keep(interface, utils)
+    assert type(interface._flash_attn_fwd.compile_cache) is JITCache
 
 
 def test_the_fake_has_the_signatures_of_the_real_one():

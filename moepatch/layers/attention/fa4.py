@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...gpus import Gpu, capability_of
-from .fa4_cache import kept_compiles
+from .fa4_cache import keep, kept_compiles
 from .kernel import How, Kernel, Raw, needs_gpu, wrong_heads
 from .spec import AttentionSpec
 
@@ -32,7 +32,8 @@ TRIED: dict[int, frozenset[tuple[int, int]]] = {9: frozenset({(64, 64), (128, 12
 def _library() -> ModuleType:
     # Importing it brings the CuTe compiler along, which takes seconds.
     with kept_compiles():
-        from flash_attn.cute import interface
+        from flash_attn.cute import cache_utils, interface
+    keep(interface, cache_utils)
     return interface
 
 
