@@ -6,8 +6,13 @@ import importlib.util
 
 import torch
 
+from .gpus import Gpu, capability_of
+
 BF16_FP16 = (torch.bfloat16, torch.float16)
 UP_TO_FP32 = (*BF16_FP16, torch.float32)
+
+#: The least compute capability of a library's kernels, where there is one for all of them. Triton compiles ours from here on; older GPUs have no bf16.
+_LEAST = {"triton": (8, 0)}
 
 #: How libraries are installed, by the module that is imported.
 _INSTALL = {
@@ -27,7 +32,7 @@ def best_device() -> torch.device:
 
 def missing(
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | Gpu,
     *libraries: str,
     dtypes: tuple[torch.dtype, ...] = UP_TO_FP32,
     capability: tuple[int, int] | None = None,
@@ -35,7 +40,7 @@ def missing(
     """What stands in the way of a backend on a GPU, or None.
 
     Args:
-        dtype, device: of the weights.
+        dtype, device: of the weights; the device may be a `Gpu` that is not here.
         libraries: modules that it imports.
         dtypes: what it computes in.
         capability: the least compute capability.
@@ -47,9 +52,11 @@ def missing(
         return f"needs a CUDA GPU, this is {device.type}"
     if dtype not in dtypes:
         return f"computes in {', '.join(_name(d) for d in dtypes)}, this is {_name(dtype)}"
-    here = torch.cuda.get_device_capability(device)
-    if capability is not None and here < capability:
-        return f"needs compute capability ≥ {capability[0]}.{capability[1]}, this is {here[0]}.{here[1]}"
+    asked = [_LEAST[library] for library in libraries if library in _LEAST] + ([capability] if capability is not None else [])
+    if asked and (here := capability_of(device)) < max(asked):
+        least = max(asked)
+        why = " (older GPUs have no bf16)" if least == (8, 0) and dtype == torch.bfloat16 else ""
+        return f"needs compute capability ≥ {least[0]}.{least[1]}, this is {here[0]}.{here[1]}{why}"
     return None
 
 

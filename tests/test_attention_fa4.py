@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import importlib.metadata
 import os
-import sys
 from types import SimpleNamespace
 
 import compare
@@ -19,6 +18,7 @@ from test_attention_span import at_once, heads_backward, heads_forward, patched,
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from moepatch.gpus import GPUS
 from moepatch.kernels import rope as kernels
 from moepatch.layers import attention_block
 from moepatch.layers.attention import attention_function, attention_mask, fa4, fa4_cache
@@ -138,52 +138,54 @@ def test_compiles_are_kept_unless_the_user_says_otherwise(monkeypatch, tmp_path)
         assert os.environ[names[0]] == "0" and names[1] not in os.environ
 
 
-def test_only_head_dims_that_were_tried_are_taken():
+class JITCache:
+    """As the library's."""
+
+    def __init__(self, folder=None):
+        self.folder, self.cache = folder, {}
+
+
+class JITPersistentCache(JITCache):
+    """As the library's."""
+
+
+def test_compiles_are_kept_if_somebody_else_imported_the_library_first(monkeypatch, tmp_path):
+    """peft does, through Transformer Engine: the settings come too late for it."""
+    for name in (fa4_cache.ENABLED, fa4_cache.DIRECTORY):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MOEPATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.4")
+    utils = SimpleNamespace(JITCache=JITCache, JITPersistentCache=JITPersistentCache, _compute_source_fingerprint=lambda: "print")
+
+    def compiling(cache):
+        function = SimpleNamespace(compile_cache=cache)
+        function.compile_cache.cache["form"] = "compiled"
+        return function
+
+    interface = SimpleNamespace(_flash_attn_fwd=compiling(JITCache()), _flash_attn_bwd=compiling(JITPersistentCache("elsewhere")), other=compiling(JITCache()))
+    fa4_cache.keep(interface, utils)
+    forward = interface._flash_attn_fwd.compile_cache
+    assert type(forward) is JITPersistentCache and forward.folder == tmp_path / "fa4" / "sm90-quack-0.6.4" / "print" / "fwd" and forward.cache == {"form": "compiled"}
+    assert interface._flash_attn_bwd.compile_cache.folder == "elsewhere" and type(interface.other.compile_cache) is JITCache
+    monkeypatch.setenv(fa4_cache.ENABLED, "0")
+    interface._flash_attn_fwd = compiling(JITCache())
+    fa4_cache.keep(interface, utils)
+    assert type(interface._flash_attn_fwd.compile_cache) is JITCache
+
+
+def test_only_head_dims_that_were_tried_are_taken(monkeypatch):
     """16, 48, 72, 80 and 112 are computed without a word, and wrongly."""
+    monkeypatch.setattr(fa4, "_why_not_installed", lambda: None)
 
-    def form(dim, v_dim=None, heads=8, kv_heads=2, **more):
-        return AttentionSpec(heads=heads, kv_heads=kv_heads, head_dim=dim, v_head_dim=v_dim or dim, **more)
+    def why_not(dim, v_dim=None, gpu="h200", kv_heads=2):
+        spec = AttentionSpec(heads=8, kv_heads=kv_heads, head_dim=dim, v_head_dim=v_dim or dim)
+        return fa4.why_not_fa4(spec, torch.bfloat16, GPUS[gpu])
 
-    assert [dim for dim in range(8, 264, 8) if fa4.untried(form(dim), 9) is None] == list(fa4.TRIED)
-    assert "32, 64, 96, 128, 160, 192, 256 alone, this has 80" in fa4.untried(form(80), 9)
-    assert "this has 256" in fa4.untried(form(256), 10) and fa4.untried(form(128), 10) is None
-    assert fa4.untried(form(192, 128, kv_heads=8), 9) is None and "grouped heads" in fa4.untried(form(192, 128), 9)
-    assert "sinks" in fa4.untried(form(64, sinks=True), 12)
-
-
-def test_kernels_are_kept_where_another_library_has_imported_it_before(monkeypatch, tmp_path):
-    """Transformer Engine does, and transformers imports Transformer Engine."""
-
-    class JITCache:
-        def __init__(self):
-            self.cache = {}
-
-    class JITPersistentCache(JITCache):
-        def __init__(self, path):
-            super().__init__()
-            self.path = path
-
-    utils = SimpleNamespace(CUTE_DSL_CACHE_ENABLED=False, JITCache=JITCache, JITPersistentCache=JITPersistentCache, _compute_source_fingerprint=lambda: "abc")
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=SimpleNamespace(cache_utils=utils)))
-    monkeypatch.setitem(sys.modules, "flash_attn.cute", sys.modules["flash_attn"].cute)
-    monkeypatch.setattr(fa4_cache, "_settings", lambda: {fa4_cache.ENABLED: "1", fa4_cache.DIRECTORY: str(tmp_path)})
-    monkeypatch.delenv(fa4_cache.ENABLED, raising=False)
-
-    def compiled():
-        """A function of the library with kernels of its own."""
-
-    compiled.compile_cache = JITCache()
-    compiled.compile_cache.cache["form"] = "kernel"
-    interface = SimpleNamespace(_flash_attn_fwd=compiled, other=len)
-    fa4_cache.keep_compiles(interface)
-    kept = compiled.compile_cache
-    assert kept.path == tmp_path / "abc" / "_flash_attn_fwd" and kept.cache == {"form": "kernel"}
-    fa4_cache.keep_compiles(interface)
-    assert compiled.compile_cache is kept
-    compiled.compile_cache = plain = JITCache()
-    monkeypatch.setenv(fa4_cache.ENABLED, "0")  # the user has said so
-    fa4_cache.keep_compiles(interface)
-    assert compiled.compile_cache is plain
+    assert [dim for dim in range(8, 264, 8) if why_not(dim) is None] == [32, 64, 96, 128, 160, 192, 256]
+    assert "this has 80" in why_not(80) and "9.x alone, this is 10.0" in why_not(128, gpu="b200")
+    assert why_not(192, 128, kv_heads=8) is None and "grouped heads" in why_not(192, 128)
 
 
 def test_the_fake_has_the_signatures_of_the_real_one():

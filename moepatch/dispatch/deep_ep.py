@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import BackendUnavailable
+from ..gpus import capability_of
 from .base import Received
 
 #: Warps copy and add in steps of 32 lanes of 16 bytes, and wait for all their lanes in between: a narrower last step is undefined.
@@ -34,8 +35,8 @@ def why_not(spec: Any, dtype: torch.dtype, device: torch.device) -> str | None:
         return "not installed (built from its own repository, deepseek-ai/DeepEP)"
     if device.type != "cuda":
         return f"needs CUDA, this is {device.type}"
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        major, minor = torch.cuda.get_device_capability(device)
+    if (here := capability_of(device)) < (9, 0):
+        major, minor = here
         return f"needs compute capability 9.0, this is {major}.{minor}"
     if dtype != torch.bfloat16:
         return f"moves bfloat16, this is {str(dtype).removeprefix('torch.')}"

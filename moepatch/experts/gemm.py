@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..gpus import capability_of
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNMENT = 16  # bytes, of torch's grouped GEMM
 
@@ -33,8 +35,8 @@ def why_not_grouped(dtype: torch.dtype, widths: tuple[int, ...], device: torch.d
     odd = [w for w in widths if w * dtype.itemsize % _ALIGNMENT]
     if odd:
         return f"torch's grouped GEMM wants widths divisible by {_ALIGNMENT // dtype.itemsize} in {name}, this has {odd[0]}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
+    if device.type == "cuda" and (here := capability_of(device)) < (8, 0):
+        major, minor = here
         return f"torch's grouped GEMM needs compute capability 8.0, this is {major}.{minor}"
     return None
 

@@ -14,6 +14,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from ..gpus import capability_of
 from ..kernels.biases import sum_groups
 from ..kernels.combine import combine_rows, row_dots
 from ..kernels.routes import route
@@ -33,7 +34,7 @@ def why_not(spec: ExpertsSpec | None, dtype: torch.dtype, device: torch.device) 
     """See `registry.Backend`."""
     if (reason := missing(dtype, device, dtypes=BF16_FP16, capability=(9, 0))) is not None:
         return reason
-    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+    if (capability := capability_of(device)) != (9, 0):
         return f"its kernels are tried on compute capability 9.0 alone, this is {capability[0]}.{capability[1]}"
     return (spec and why_not_spec(spec)) or _why_not_importable()
 

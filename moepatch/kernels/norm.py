@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..gpus import shared_memory
 from ..layers.norm import CASTS, GATES, NormSpec, reference_norm
 from .launch import Prepared
 from .norm_jit import backward_kernel, forward_kernel, sum_kernel
@@ -23,8 +24,8 @@ except ImportError:
 
 #: The widest row, or group, that a program holds in registers.
 WIDEST = 16384
-#: Bytes of a multiprocessor's shared memory that loads ahead may use.
-_AHEAD = 200 * 1024
+#: Bytes of a multiprocessor's shared memory that loads ahead must leave: an H200 has 200 KiB for them then.
+_LEFT = 27 * 1024
 #: Columns of weight gradients that one program adds up.
 _SUMMED = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -217,13 +218,13 @@ def _forward(rows: _Rows, residual, weight, gate, y, total, rstd, spec: NormSpec
 
 @functools.lru_cache(maxsize=1024)
 def _prepared_backward(
-    spec: NormSpec, width: int, groups: int, inner: int, weighted: bool, streamed: bool, wants_weight: bool, read: tuple, tile: tuple
+    spec: NormSpec, width: int, groups: int, inner: int, weighted: bool, streamed: bool, wants_weight: bool, read: tuple, tile: tuple, shared: int
 ) -> Prepared:
-    """The kernel for a tile of `_backward_tile`; `read` are the dtypes of what it reads of each row."""
+    """The kernel for a tile of `_backward_tile`; `read` are the dtypes of what it reads of each row, `shared` bytes of shared memory are there."""
     block, high, warps, crowd, stages = tile
     ahead = block * high * sum(dtype.itemsize for dtype in read)
     return Prepared(
-        backward_kernel, BLOCK=block, ROWS=high, STREAM=streamed, DWEIGHT=wants_weight, STAGES=max(1, min(stages, _AHEAD // crowd // ahead)),
+        backward_kernel, BLOCK=block, ROWS=high, STREAM=streamed, DWEIGHT=wants_weight, STAGES=max(1, min(stages, (shared - _LEFT) // crowd // ahead)),
         **_constants(spec, width, groups, inner, weighted), num_warps=warps,
     )  # fmt: skip
 
@@ -246,7 +247,8 @@ def _backward(rows: _Rows, dy, dstream, weight, gate, rstd, spec: NormSpec, want
     x, width, groups = rows.tensor, rows.width, rows.groups
     tile = _backward_tile(width, gate is not None)
     read = (x.dtype, dy.dtype, *(t.dtype for t in (dstream, gate) if t is not None))
-    kernel = _prepared_backward(spec, width, groups, rows.inner, weight is not None, dstream is not None, wants_weight, read, tile)
+    shared = shared_memory(x.device.index)
+    kernel = _prepared_backward(spec, width, groups, rows.inner, weight is not None, dstream is not None, wants_weight, read, tile, shared)
     programs = _programs(rows.count, tile[1], max(1, tile[3] * multiprocessors(x.device.index) // groups))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dgate = torch.empty(x.shape, dtype=gate.dtype, device=x.device) if gate is not None else None

@@ -13,26 +13,27 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .fa4_cache import keep_compiles, kept_compiles
-from .kernel import How, Kernel, Raw, needs_gpu, wrong_dims
+from ...gpus import Gpu, capability_of
+from .fa4_cache import keep, kept_compiles
+from .kernel import How, Kernel, Raw, needs_gpu, wrong_heads
 from .spec import AttentionSpec
 
 #: What the functions without autograd are called with: releases may change them.
 _FORWARD = {"softmax_scale", "causal", "window_size_left", "window_size_right", "learnable_sink", "softcap", "return_lse"}
 _BACKWARD = _FORWARD - {"return_lse"}
 
-#: Head dims that were right against fp32, forward and backward, on an H200: 24 to 1100 tokens, causal or not, windows, sinks, softcap, grouped heads
-#: (``tests/test_gpu_attention_fa4.py``). Others are taken without a word and are wrong: with 16, 48, 72, 80 and 112 the gradient of the queries
-#: is off by half from 130 tokens on.
-TRIED = (32, 64, 96, 128, 160, 192, 256)
+#: Head dims of queries and keys, and of values, by major compute capability, that were right against fp32, forward and backward: 24 to 1100 tokens,
+#: causal or not, windows, sinks, softcap, grouped heads (tests/test_gpu_attention_fa4.py). Others are taken without a word and are wrong: with 16,
+#: 48, 72, 80 and 112 the gradient of the queries is off by half from 130 tokens on.
+TRIED: dict[int, frozenset[tuple[int, int]]] = {9: frozenset({*((dim, dim) for dim in (32, 64, 96, 128, 160, 192, 256)), (192, 128)})}
 
 
 @functools.cache
 def _library() -> ModuleType:
     # Importing it brings the CuTe compiler along, which takes seconds.
     with kept_compiles():
-        from flash_attn.cute import interface
-    keep_compiles(interface)
+        from flash_attn.cute import cache_utils, interface
+    keep(interface, cache_utils)
     return interface
 
 
@@ -104,26 +105,27 @@ def run_fa4(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     return _library().flash_attn_varlen_func(q, k, v, **lengths, **options)[0]
 
 
-def why_not_fa4(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not_fa4(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.device | Gpu) -> str | None:
     """See `Kernel.why_not`."""
     reason = _why_not_installed() or needs_gpu(dtype, device, (9, 0))
     if reason is not None or spec is None:
         return reason
-    return untried(spec, torch.cuda.get_device_capability(device)[0])
+    major, minor = capability_of(device)
+    if major not in TRIED:
+        return f"its results were tried on compute capability {', '.join(f'{known}.x' for known in sorted(TRIED))} alone, this is {major}.{minor}"
+    if (spec.head_dim, spec.v_head_dim) not in TRIED[major]:
+        return f"was tried with head dims {_listed(TRIED[major])}, this has {_dims(spec.head_dim, spec.v_head_dim)}"
+    if spec.head_dim != spec.v_head_dim and spec.heads != spec.kv_heads:
+        return f"has no backward pass for grouped heads whose values are narrower than their keys, this has {_dims(spec.head_dim, spec.v_head_dim)}"
+    return wrong_heads(spec)
 
 
-def untried(spec: AttentionSpec, major: int) -> str | None:
-    """What a form of attention needs and this library has not been found right in, on GPUs of a major compute capability; None if it serves."""
-    if major == 12 and (spec.sinks or spec.softcap is not None):
-        return "FlashAttention 4 has no backward pass with sinks or softcap for this GPU"
-    dims = spec.head_dim, spec.v_head_dim
-    if dims == (192, 128):
-        return None if spec.heads == spec.kv_heads else "FlashAttention 4 has no backward pass for grouped heads whose values are narrower than their keys"
-    limit = 256 if major == 9 else 128
-    known = [dim for dim in TRIED if dim <= limit]
-    if dims[0] != dims[1] or dims[0] not in known:
-        return f"was found right for head dims {', '.join(map(str, known))} alone, this has {dims[0] if dims[0] == dims[1] else f'{dims[0]}/{dims[1]}'}"
-    return wrong_dims(spec, limit)
+def _dims(keys: int, values: int) -> str:
+    return f"{keys}" if keys == values else f"{keys}/{values}"
+
+
+def _listed(dims: frozenset[tuple[int, int]]) -> str:
+    return ", ".join(_dims(*pair) for pair in sorted(dims))
 
 
 FA4 = Kernel("FlashAttention 4", why_not_fa4, run_fa4, _raw)

@@ -109,4 +109,9 @@ def wrong_dims(spec: AttentionSpec, limit: int) -> str | None:
     for dim in (spec.head_dim, spec.v_head_dim):
         if dim % 8 or dim > limit:
             return f"needs head dims that are multiples of 8 up to {limit}, this has {dim}"
+    return wrong_heads(spec)
+
+
+def wrong_heads(spec: AttentionSpec) -> str | None:
+    """Head counts that no kernel takes."""
     return None if spec.heads % spec.kv_heads == 0 else f"needs as many queries for each key head, this has {spec.heads}/{spec.kv_heads}"

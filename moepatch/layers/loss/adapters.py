@@ -5,8 +5,6 @@ None of them can do everything: what they lack (a bias, a scale, a cap) is left 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from .chunked import Formula, count_labels, linear_cross_entropy
 
 
@@ -35,24 +33,5 @@ def cce():
             return linear_cross_entropy(hidden_TH, weight_VH, bias_V, labels_T, formula)
         total = cut(hidden_TH, weight_VH, labels_T, formula.ignore_index, formula.softcap, "sum", filter_eps=None).float()
         return total / count_labels(labels_T, formula) if formula.mean else total
-
-    return compute
-
-
-def quack():
-    """QuACK's chunked linear cross-entropy, with an fp32 sum for the weight's gradient. Rows come in eights.
-
-    Not its pipeline without gradients of logits: those round the weight's gradient twice, to twice a plain head's error, and refuse a chunk
-    of as many rows as the hidden size.
-    """
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    def compute(hidden_TH, weight_VH, bias_V, labels_T, formula):
-        if replace(formula, mean=True) != Formula(formula.ignore_index) or bias_V is not None or hidden_TH.shape[0] % 8:
-            return linear_cross_entropy(hidden_TH, weight_VH, bias_V, labels_T, formula)
-        reduction = "mean" if formula.mean else "sum"
-        return chunked_linear_cross_entropy(
-            hidden_TH, weight_VH, labels_T, ignore_index=formula.ignore_index, reduction=reduction, use_scaled_exp=False
-        ).float()
 
     return compute

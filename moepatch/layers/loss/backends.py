@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ...needs import BF16_FP16, missing
 from ...registry import register_backend
 
@@ -22,26 +20,12 @@ def _chunked():
     return linear_cross_entropy
 
 
-def _quack_serves(spec, dtype, device):
-    reason = missing(dtype, device, "quack", dtypes=(torch.bfloat16,), capability=(9, 0))
-    if reason is None and spec is not None and (spec.bias or spec.hidden % 8 or spec.vocab % 8):
-        return "needs a head without a bias whose sizes are multiples of 8"
-    return reason
-
-
 def _liger_serves(spec, dtype, device):
     return missing(dtype, device, "liger_kernel")
 
 
 def _cce_serves(spec, dtype, device):
     return missing(dtype, device, "cut_cross_entropy", dtypes=BF16_FP16)
-
-
-@register_backend("loss", "quack", rank=30, serves="QuACK's chunked linear cross-entropy: Hopper and newer", why_not=_quack_serves)
-def _quack():
-    from .adapters import quack
-
-    return quack()
 
 
 # Liger and Cut Cross-Entropy make the host wait for the device in each step: they are there for those who ask for them.

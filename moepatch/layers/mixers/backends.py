@@ -7,6 +7,7 @@ import importlib.metadata
 import torch
 from packaging.version import Version
 
+from ...gpus import capability_of
 from ...needs import BF16_FP16, installed, missing
 from ...registry import register_backend
 
@@ -69,7 +70,7 @@ def _why_not_fla(spec, dtype, device):
 
 def _why_fla_refuses(device):
     # It looks for itself, in its backward pass.
-    if torch.cuda.get_device_capability(device)[0] != 9 or installed("tilelang"):
+    if capability_of(device)[0] != 9 or installed("tilelang"):
         return None
     triton = importlib.metadata.version("triton")
     if Version("3.4") <= Version(triton) < Version("3.7.1"):
