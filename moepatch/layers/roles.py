@@ -83,7 +83,7 @@ class Roles:
         handed: the arguments that are given on to the attention function, each with the keyword that it becomes.
         extra: whether keywords that have no name in the forward are given on to it, too.
         open: whether there may be such keywords.
-        update: what the cache's ``update`` is given after keys and values.
+        updates: the methods of the cache that are called, in order, and what each is given after the states that it keeps.
         former: names that the decorators around the forward translate.
     """
 
@@ -97,7 +97,7 @@ class Roles:
     handed: tuple[tuple[str, str], ...] = ()
     extra: bool = False
     open: bool = True
-    update: tuple[Argument, ...] = ()
+    updates: tuple[tuple[str, tuple[Argument, ...]], ...] = ()
     former: tuple[str, ...] = ()
 
     def default(self, name: str | None) -> Any:
@@ -122,14 +122,16 @@ class Roles:
         handed = {keyword: named.get(name, self.default(name)) for name, keyword in self.handed}
         return Given(self, tokens, tables, mask, cache, named, handed, extra)
 
-    def updated(self, module: nn.Module, given: Given, *states: Any) -> Any:
-        """What the cache makes of keys and values; it is called as the family calls it."""
-        args = [argument.of(module, given) for argument in self.update if not argument.name]
-        return given.cache.update(*states, *args, **{argument.name: argument.of(module, given) for argument in self.update if argument.name})
+    def updated(self, module: nn.Module, given: Given, *states: Any, place: int = 0) -> Any:
+        """What the cache makes of states; its method is called as the family calls it."""
+        method, arguments = self.updates[place]
+        args = [argument.of(module, given) for argument in arguments if not argument.name]
+        return getattr(given.cache, method)(*states, *args, **{argument.name: argument.of(module, given) for argument in arguments if argument.name})
 
     def layer(self, module: nn.Module, given: Given) -> Any:
-        """Under which index the cache knows the module: transformers' caches take it after keys and values. None if they are not told."""
-        first = next((argument for argument in self.update if argument.name in ("", "layer_idx")), None)
+        """Under which index the cache knows the module: transformers' caches take it after the states. None if they are not told."""
+        arguments = self.updates[0][1] if self.updates else ()
+        first = next((argument for argument in arguments if argument.name in ("", "layer_idx")), None)
         return None if first is None else first.of(module, given)
 
 

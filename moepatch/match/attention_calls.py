@@ -19,19 +19,17 @@ from transformers import AttentionInterface
 from .. import trial
 from ..kind import Kind
 from ..layers.attention_block import attention_functions
-from ..layers.roles import REQUIRED, Argument, Roles
+from ..layers.roles import REQUIRED, Roles
 from ..replica import random_fill, replica
 from ..surgery import original_class
 from ..trial import Call
-from .roles import EXTRA, FROM_CACHE, Attempt, StandIn, attempt, base_roles, takes_others
+from .roles import EXTRA, Recording, StandIn, attempt, base_roles, takes_others, updates_of
 
 _RECORDER = "moepatch_recorder"
 #: The arguments that every attention function has, in order.
 _FIRST = ("module", "query", "key", "value", "attention_mask")
 #: Makes a limit that clamps projections show.
 _LOUD = 100.0
-#: An index that no layer of a scale model has.
-_ELSEWHERE = 9973
 _BATCH, _SEQUENCE = 2, 6
 
 
@@ -47,29 +45,19 @@ def _record(*args, **kwargs):
     module._moepatch_given.append(dict(given))
     query, key, value, mask = (given.pop(name) for name in _FIRST[1:])
     if isinstance(mask, StandIn) or module._moepatch_attempt:
-        return query.new_zeros(*query.shape[:1], *query.shape[1:3], value.shape[-1]).transpose(1, 2), None
+        batch, heads, sequence, _ = query.shape
+        return query.new_zeros(batch, sequence, heads, value.shape[-1]), None
     _, eager = attention_functions(original_class(module))
     known = {name: value for name, value in given.items() if not isinstance(value, StandIn)}
     return eager(module, query, key, value, mask, **{**known, "dropout": 0.0})
 
 
-class RecordingCache:
-    """Writes down how it is updated, doubles what it is given, and adds to dicts that it is given, as caches of continuous batching do."""
-
-    def __init__(self):
-        self.given = []
+class RecordingCache(Recording):
+    """Writes down how it is updated, and doubles what it is given."""
 
     def update(self, key, value, *args, **kwargs):
-        self.given.append((tuple(map(_kept, args)), {name: _kept(value) for name, value in kwargs.items()}))
-        for given in (*args, *kwargs.values()):
-            if isinstance(given, dict):
-                given[FROM_CACHE] = "of a cache"
+        self.note("update", (), args, kwargs)
         return torch.cat([key, key], 2), torch.cat([value, value], 2)
-
-
-def _kept(value: Any) -> Any:
-    """What a cache was given, as it was then."""
-    return dict(value) if isinstance(value, dict) else value
 
 
 @dataclass
@@ -199,64 +187,18 @@ def roles_of(model: nn.Module, inputs: _Inputs) -> Roles | str:
         return "it computes with its mask"
     tables = [s.moepatch_name for s in found.stand_ins() if s.moepatch_unpacked]
     tables += [name for name, value in found.values.items() if isinstance(value, Tensor) and name not in (found.tokens, mask_name)]
-    caches = [s for s in found.stand_ins() if s.moepatch_cache.given]
+    caches = found.caches()
     if len(tables) > 1 or len(caches) > 1:
         return f"it takes more than one {'pair of tables' if len(tables) > 1 else 'cache'} ({', '.join(tables) if len(tables) > 1 else ', '.join(s.moepatch_name for s in caches)})"
-    update = _update_of(model, found, caches[0], run, extra) if caches else ()
-    if isinstance(update, str):
-        return update
+    updates = updates_of(model, found, run, extra)
+    model._moepatch_given = [given]
+    if isinstance(updates, str):
+        return updates
     handed = [(value.moepatch_name, name) for name, value in given.items() if isinstance(value, StandIn) and name not in ("attention_mask", EXTRA)]
     return replace(
         roles, tables=tables[0] if tables else None, mask=mask_name, cache=caches[0].moepatch_name if caches else None, handed=tuple(handed),
-        extra=given.get(EXTRA) is extra, update=update,
+        extra=given.get(EXTRA) is extra, updates=updates,
     )  # fmt: skip
-
-
-def _update_of(model: nn.Module, found: Attempt, cache: StandIn, run: Any, extra: StandIn) -> tuple[Argument, ...] | str:
-    """What the cache is given after keys and values, or what of it comes from nowhere."""
-    calls = cache.moepatch_cache.given
-    if len(calls) != 1:
-        return f"it updates the cache {len(calls)} times"
-    args, kwargs = calls[0]
-    arguments = []
-    for name, value in (*(("", value) for value in args), *kwargs.items()):
-        argument = None
-        if isinstance(value, StandIn):
-            argument = Argument(name, "argument", value.moepatch_name)
-        elif isinstance(value, dict) and value.keys() == {EXTRA} and value[EXTRA] is extra and FROM_CACHE in model._moepatch_given[0]:
-            argument = Argument(name, "extra", None)
-        elif isinstance(value, Tensor):
-            tables = [s.moepatch_tables for s in found.stand_ins() if s.moepatch_unpacked]
-            argument = next((Argument(name, "table", place) for pair in tables for place, table in enumerate(pair) if table is value), None)
-        elif type(value) in (int, float, bool, str, type(None)):
-            argument = _followed(model, found, cache, run, name, len(arguments), value)
-        if argument is None:
-            return f"the cache gets {f'`{name}`' if name else f'argument {len(arguments) + 2}'}, which comes from nowhere that is known"
-        arguments.append(argument)
-    return tuple(arguments)
-
-
-def _followed(model: nn.Module, found: Attempt, cache: StandIn, run: Any, name: str, place: int, value: Any) -> Argument:
-    """The attribute that this argument of `update` follows, or a constant."""
-    if type(value) is not int:
-        return Argument(name, "constant", value)
-    for attribute in [key for key, v in vars(model).items() if type(v) is int and v == value]:
-        given = model._moepatch_given
-        again = {n: StandIn(n, v.moepatch_tables, RecordingCache()) if isinstance(v, StandIn) else v for n, v in found.values.items()}
-        setattr(model, attribute, _ELSEWHERE)
-        try:
-            with torch.no_grad(), trial.torch_formulas():
-                run(again)
-            args, kwargs = again[cache.moepatch_name].moepatch_cache.given[0]
-            follows = [*args, *kwargs.values()][place] == _ELSEWHERE
-        except Exception:  # it is not only the cache that needs this number
-            follows = False
-        finally:
-            setattr(model, attribute, value)
-            model._moepatch_given = given
-        if follows:
-            return Argument(name, "attribute", attribute)
-    return Argument(name, "constant", value)
 
 
 def _run(module: nn.Module, roles: Roles, call: Call, forward: Any) -> tuple[dict[str, Tensor], list[Any]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import trial
-from ..layers.roles import REQUIRED, Roles, former_names
+from ..layers.roles import REQUIRED, Argument, Roles, former_names
 from ..surgery import original_class
 
 #: A keyword that no forward knows.
@@ -27,7 +27,32 @@ _OPERATORS = (
     "__bool__ __len__ __call__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __contains__ __index__ __int__ __float__ __neg__ __invert__ __enter__ __exit__ "
     "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __mod__ __pow__ __matmul__ __rmatmul__ __and__ __rand__ __or__ __ror__"
 ).split()
+#: An index that no layer of a scale model has.
+_ELSEWHERE = 9973
 _PLAIN = (int, float, bool, str, type(None))
+
+
+class Recording:
+    """Base of caches that write down how they are updated, and add to dicts that they are given, as those of continuous batching do.
+
+    Attributes:
+        given: of each call the method, the states, and what else it got by position and by name.
+    """
+
+    def __init__(self):
+        self.given: list[tuple[str, tuple, tuple, dict[str, Any]]] = []
+
+    def note(self, method: str, states: tuple, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Writes down a call."""
+        self.given.append((method, states, tuple(map(_kept, args)), {name: _kept(value) for name, value in kwargs.items()}))
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, dict):
+                value[FROM_CACHE] = "of a cache"
+
+
+def _kept(value: Any) -> Any:
+    """What a cache was given, as it was then."""
+    return dict(value) if isinstance(value, dict) else value
 
 
 class Looked(AttributeError):
@@ -45,7 +70,7 @@ class StandIn:
         moepatch_looks: what else the forward asked.
     """
 
-    def __init__(self, name: str, tables: tuple[Tensor, Tensor] | None = None, cache: Any = None):
+    def __init__(self, name: str, tables: tuple[Tensor, Tensor] | None = None, cache: Recording | None = None):
         self.moepatch_name, self.moepatch_tables, self.moepatch_cache = name, tables, cache
         self.moepatch_unpacked, self.moepatch_looks = False, []
 
@@ -104,6 +129,10 @@ class Attempt:
     def stand_ins(self) -> list[StandIn]:
         """Those arguments that still are."""
         return [value for value in self.values.values() if isinstance(value, StandIn)]
+
+    def caches(self) -> list[StandIn]:
+        """Those that were updated."""
+        return [s for s in self.stand_ins() if s.moepatch_cache is not None and s.moepatch_cache.given]
 
     def name_of(self, value: Any) -> str | None:
         """The argument that has this value; None for anything else."""
@@ -169,9 +198,7 @@ def attempt(
 
 
 def _settled(values: dict[str, Any], tokens: str, tensors: Sequence[Callable[[], Any]], run: Callable[[dict], Any]) -> Attempt | str:
-    # Each try has stand-ins of its own.
-    values = {name: StandIn(v.moepatch_name, v.moepatch_tables, v.moepatch_cache and type(v.moepatch_cache)()) if isinstance(v, StandIn) else v for name, v in values.items()}
-    error = None
+    values, error = _fresh(values), None
     try:
         with torch.no_grad(), trial.torch_formulas():
             run(values)
@@ -187,3 +214,69 @@ def _settled(values: dict[str, Any], tokens: str, tensors: Sequence[Callable[[],
         if not isinstance(found, str):
             return found
     return f"the argument `{looked.moepatch_name}` decides what the module does"
+
+
+def _fresh(values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with stand-ins that were asked nothing yet."""
+    return {
+        name: StandIn(name, v.moepatch_tables, v.moepatch_cache and type(v.moepatch_cache)()) if isinstance(v, StandIn) else v for name, v in values.items()
+    }
+
+
+def updates_of(model: nn.Module, found: Attempt, run: Callable[[dict], Any], extra: StandIn | None) -> tuple[tuple[str, tuple[Argument, ...]], ...] | str:
+    """The methods of the cache that a scale model calls, with what it gives them besides states, or what of it comes from nowhere.
+
+    Args:
+        model: it is run again with other attributes.
+        found: how it was run.
+        run: as for `attempt`.
+        extra: what `run` gives it under the name `EXTRA`, if it does.
+    """
+    updates = []
+    for cache in found.caches():
+        calls = cache.moepatch_cache.given
+        if len({method for method, *_ in calls}) < len(calls):
+            return f"it updates the cache `{cache.moepatch_name}` {len(calls)} times"
+        for call, (method, _, args, kwargs) in enumerate(calls):
+            arguments = []
+            for place, (name, value) in enumerate([*(("", value) for value in args), *kwargs.items()]):
+                argument = _source(found, name, value, extra)
+                if type(value) is int:
+                    argument = _followed(model, found, run, (cache.moepatch_name, call, place), Argument(name, "constant", value))
+                if argument is None:
+                    return f"the cache gets {f'`{name}`' if name else f'argument {place + 2}'}, which comes from nowhere that is known"
+                arguments.append(argument)
+            updates.append((method, tuple(arguments)))
+    return tuple(updates)
+
+
+def _source(found: Attempt, name: str, value: Any, extra: StandIn | None) -> Argument | None:
+    """Where something that the cache was given comes from; None if that is not known."""
+    if isinstance(value, StandIn):
+        return Argument(name, "argument", value.moepatch_name)
+    if isinstance(value, dict):
+        return Argument(name, "extra", None) if value.keys() == {EXTRA} and value[EXTRA] is extra else None
+    if isinstance(value, Tensor):
+        pairs = [s.moepatch_tables for s in found.stand_ins() if s.moepatch_unpacked]
+        return next((Argument(name, "table", place) for pair in pairs for place, table in enumerate(pair) if table is value), None)
+    return Argument(name, "constant", value) if type(value) in _PLAIN else None
+
+
+def _followed(model: nn.Module, found: Attempt, run: Callable[[dict], Any], where: tuple[str, int, int], constant: Argument) -> Argument:
+    """The attribute that a number follows that the cache is given, or the number."""
+    cache, call, place = where
+    for attribute in [key for key, v in vars(model).items() if type(v) is int and v == constant.value]:
+        again = _fresh(found.values)
+        setattr(model, attribute, _ELSEWHERE)
+        try:
+            with torch.no_grad(), trial.torch_formulas():
+                run(again)
+            _, _, args, kwargs = again[cache].moepatch_cache.given[call]
+            follows = [*args, *kwargs.values()][place] == _ELSEWHERE
+        except Exception:  # it is not only the cache that needs this number
+            follows = False
+        finally:
+            setattr(model, attribute, constant.value)
+        if follows:
+            return Argument(constant.name, "attribute", attribute)
+    return constant
