@@ -378,7 +378,7 @@ def check_kernels():
             check_wide_step(37, 16, 3, 32, form, reads)
             done += 1
             check_wide_step(37, 16, 3, 32, form, reads, weight_dtype=torch.float32)
-            check_wide_step(5, 12, 3, 33, form, reads, weight_dtype=torch.float32, linear="weight")
+            check_wide_step(5, 16, 3, 33, form, reads, weight_dtype=torch.float32, linear="weight")
             done += 2
     check_parts()
     check_no_wide_copy()
