@@ -9,7 +9,7 @@ import compare
 import pytest
 import torch
 import zoo
-from test_router import FORMS, check_wide_step, chosen, given, spec
+from test_router import FORMS, check_parts, check_wide_step, chosen, given, spec
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -17,7 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 import moepatch
 from moepatch import trial
 from moepatch.kernels import router as kernels
-from moepatch.layers.router import ROUTER, PatchedRouter, reference_choice
+from moepatch.layers.router import ROUTER, PatchedRouter, reference_choice, reference_router
 from moepatch.match.router import read_router
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +56,31 @@ def test_kernels_three_ways(form, tokens, experts, top_k):
 @pytest.mark.parametrize("reads", [("weights", "logits"), ("weights",), ("logits",)], ids="+".join)
 @pytest.mark.parametrize(("experts", "top_k", "hidden", "form"), [(256, 8, 7168, "sigmoid, corrected, groups"), (128, 6, 2688, "sigmoid, corrected")], ids=str)
 def test_an_fp32_linear_in_bf16_gemms(experts, top_k, hidden, form, reads):
-    check_wide_step(257, experts, top_k, hidden, form, reads, device="cuda")
+    for weight_dtype, linear in ((torch.bfloat16, "float"), (torch.float32, "float"), (torch.float32, "weight")):
+        check_wide_step(257, experts, top_k, hidden, form, reads, device="cuda", weight_dtype=weight_dtype, linear=linear)
+
+
+def test_an_fp32_number_is_three_in_bf16():
+    check_parts("cuda")
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "hidden"), [(4096, 128, 8, 2048), (16384, 256, 8, 7168), (16384, 512, 10, 2048), (4096, 64, 6, 2688)])
+def test_an_fp32_weight_costs_less_than_fp32_gemms(tokens, experts, top_k, hidden, capsys):
+    """The bar: half of the time of the family's linear in fp32, forward and backward."""
+    made = spec(experts, top_k, hidden, **FORMS["sigmoid, corrected"], linear="float")
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(experts, hidden, device="cuda").mul(0.02).requires_grad_()
+    correction, dweights = torch.zeros(experts, device="cuda"), torch.randn(tokens, top_k, device="cuda")
+    times = {}
+    for name, function, held in (("family", reference_router, weight), ("ours", kernels.router, weight), ("ours, bf16", kernels.router, weight.detach().bfloat16().requires_grad_())):
+        forward = lambda f=function, w=held: f(x, w, None, correction, made)
+        both = lambda f=forward, w=held: torch.autograd.grad(f()[1], (x, w), dweights)
+        times[name] = device_microseconds(forward), device_microseconds(both), host_microseconds(both)
+    with capsys.disabled():
+        for name, (forward, both, host) in times.items():
+            print(f"\nT={tokens} E={experts} H={hidden} {name:10}  device: forward {forward:7.1f}, with backward {both:7.1f} us; host {host:6.1f} us", end="")
+    assert times["ours"][1] < 0.5 * times["family"][1]
 
 
 def test_no_fp32_copy_of_the_tokens_is_kept():

@@ -178,7 +178,8 @@ def test_positional_arguments_and_padding(name):
     given["attention_mask"][1, :5] = 0
     module, x = sites(model)[0][0], torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
     tables = random_tables(sites(model)[0][1].spec.heads, 1, 5, torch.Generator().manual_seed(1))
-    order = [tables if p == "position_embeddings" else None for p in sites(model)[0][1].spec.parameters[1:]]
+    roles = sites(model)[0][1].spec.roles
+    order = [tables if p == roles.tables else None for p in roles.names[1:]]
     before = model(**given).logits, module(x, *order)[0]
     patch(model)
     assert all(compare.error(a, b) < 1e-5 for a, b in zip((model(**given).logits, module(x, *order)[0]), before, strict=True))

@@ -29,6 +29,7 @@ from moepatch.layers.mixers.ssd import SSD_MIXER, SSDSpec, SSDWeights, reference
 from moepatch.layers.mixers.ssd_scan import reference_scan
 from moepatch.match import mixers
 from moepatch.scan import Scan
+from moepatch.site import Site
 from moepatch.surgery import InjectClass
 
 for kind in (SSD_MIXER, DELTA_MIXER, SELECTIVE_MIXER):
@@ -48,7 +49,7 @@ CASES = [(name, backend) for name, (kind, _) in FAMILIES.items() for backend in 
 
 def sites(model):
     tree, memo = Scan(model), {}
-    return [site for found in tree for match in MATCHERS for site in [match(found, tree, memo)] if site]
+    return [site for found in tree for match in MATCHERS if isinstance(site := match(found, tree, memo), Site)]
 
 
 def patched(model, backend="reference"):

@@ -81,15 +81,20 @@ def chosen(function, made, logits, correction, dlogits, dweights):
     return {"weights": dense.detach(), "grad": grad, "ids": ids, "sorted": weights.detach()}
 
 
-def wide_step(function, tokens, experts, top_k, hidden, form, reads=("weights", "logits"), dtype=torch.bfloat16, device="cpu"):
-    """A step of a router whose linear is computed in fp32, from bf16 numbers held in `dtype`: ids, logits, weights, gradients by name.
+def wide_step(
+    function, tokens, experts, top_k, hidden, form, reads=("weights", "logits"), dtype=torch.bfloat16, device="cpu", weight_dtype=torch.bfloat16, linear="float"
+):
+    """A step of a router whose linear is computed in fp32, from bf16 tokens and a weight in `weight_dtype`: ids, logits, weights, gradients by name.
 
     Args:
         reads: what the loss reads.
+        dtype: float64 to hold the same numbers and compute with them so.
     """
     generator = torch.Generator().manual_seed(2)
-    made = spec(experts, top_k, hidden, **FORMS[form], linear="float" if dtype == torch.bfloat16 else "own")
-    x, weight = (torch.randn(n, hidden, generator=generator).mul(scale).bfloat16().to(device, dtype).requires_grad_() for n, scale in ((tokens, 1), (experts, 0.3)))
+    made = spec(experts, top_k, hidden, **FORMS[form], linear=linear if dtype == torch.bfloat16 else "own")
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16().to(device, dtype).requires_grad_()
+    weight = torch.randn(experts, hidden, generator=generator).mul(0.3).to(weight_dtype)
+    weight = weight.to(device, weight_dtype if dtype == torch.bfloat16 else dtype).requires_grad_()
     correction = (torch.randn(experts, generator=generator) * 0.1).to(device) if made.correction else None
     dweights, dlogits = (torch.randn(tokens, experts, generator=generator).to(device) for _ in range(2))
     logits, weights, ids = function(x, weight, None, correction, made)
@@ -99,16 +104,26 @@ def wide_step(function, tokens, experts, top_k, hidden, form, reads=("weights", 
     return {"ids": ids, "logits": logits.detach(), "weights": dense.detach(), "dx": dx, "dweight": dweight}
 
 
-def check_wide_step(tokens, experts, top_k, hidden, form, reads=("weights", "logits"), device="cpu"):
-    """Ours and the family's fp32 linear against float64: fp32 results to 1e-6, gradients, which are rounded to bf16, as closely as the family's."""
-    truth = wide_step(reference_router, tokens, experts, top_k, hidden, form, reads, torch.float64, device)
-    theirs, ours = (wide_step(f, tokens, experts, top_k, hidden, form, reads, device=device) for f in (reference_router, kernels.router))
+def check_wide_step(tokens, experts, top_k, hidden, form, reads=("weights", "logits"), device="cpu", **options):
+    """Ours and the family's fp32 linear against float64: fp32 results to 2e-6, gradients that are rounded to bf16 as closely as the family's."""
+    truth = wide_step(reference_router, tokens, experts, top_k, hidden, form, reads, torch.float64, device, **options)
+    theirs, ours = (wide_step(f, tokens, experts, top_k, hidden, form, reads, device=device, **options) for f in (reference_router, kernels.router))
     assert torch.equal(ours["ids"].sort(-1)[0], truth["ids"].sort(-1)[0])
     assert ours["logits"].dtype == torch.float32 and compare.error(ours["logits"].double(), truth["logits"]) < 2e-6
     assert compare.error(ours["weights"].double(), truth["weights"].double()) < 2e-6
-    for key in ("dx", "dweight"):
-        assert ours[key].dtype == torch.bfloat16
-        assert compare.error(ours[key].double(), truth[key]) <= 1.02 * compare.error(theirs[key].double(), truth[key]), key
+    for key, dtype in {"dx": torch.bfloat16, "dweight": options.get("weight_dtype", torch.bfloat16)}.items():
+        assert ours[key].dtype == dtype
+        limit = 2e-6 if dtype == torch.float32 else 1.02 * compare.error(theirs[key].double(), truth[key])
+        assert compare.error(ours[key].double(), truth[key]) <= limit, key
+
+
+def check_parts(device="cpu"):
+    """Three bf16 numbers are an fp32 number, whatever its size."""
+    wide = torch.randn(3, 700, generator=torch.Generator().manual_seed(0)).mul(10.0 ** torch.arange(-17, 18, 17).unsqueeze(1)).to(device)
+    wide[0, :4] = torch.tensor([0.0, -1.0, 1 + 2**-23, 3.0e38])
+    parts = kernels.in_parts(wide, 3)
+    assert parts.shape == (3, 3, 700) and parts.dtype == torch.bfloat16 and torch.equal(parts.double().sum(0), wide.double())
+    assert (parts[1].abs() <= parts[0].abs() * 2**-7).all()
 
 
 # --- matching ------------------------------------------------------------------------------------------------------------------------
@@ -335,6 +350,16 @@ def check_module():
     assert all(compare.error(a, b) < 3e-6 for a, b in zip(*results, strict=True))
 
 
+def check_no_wide_copy():
+    """A weight in fp32 takes the bf16 GEMMs, but not under autocast, which would round it."""
+    x, weight = torch.randn(5, 32).bfloat16().requires_grad_(), torch.randn(16, 32, requires_grad=True)
+    for linear in ("float", "weight"):
+        made = spec(linear=linear)
+        assert kernels.router(x, weight, None, None, made)[0].grad_fn.name() == "_WideRouterBackward"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kernels.router(x, weight, None, None, made)[0], F.linear(x, weight))
+
+
 def check_kernels():
     """fp16, since Triton's interpreter truncates to bf16 where GPUs round."""
     done = 0
@@ -352,12 +377,17 @@ def check_kernels():
         for reads in (("weights", "logits"), ("weights",), ("logits",)):
             check_wide_step(37, 16, 3, 32, form, reads)
             done += 1
+            check_wide_step(37, 16, 3, 32, form, reads, weight_dtype=torch.float32)
+            check_wide_step(5, 16, 3, 33, form, reads, weight_dtype=torch.float32, linear="weight")
+            done += 2
+    check_parts()
+    check_no_wide_copy()
     print(f"{done} cases agree")
 
 
 @needs_triton
 def test_kernels_in_tritons_interpreter():
-    passes_in_the_interpreter(__file__, "67 cases agree")
+    passes_in_the_interpreter(__file__, "85 cases agree")
 
 
 if __name__ == "__main__":

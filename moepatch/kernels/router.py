@@ -1,7 +1,7 @@
 """Routers in Triton: torch's linear, then one kernel that scores, chooses and weighs; backward one kernel before the linear's GEMMs.
 
-Where a family computes the linear in fp32 from tokens and weights in bf16, which takes fp32 GEMMs and fp32 copies of the tokens, the same
-products come from bf16 GEMMs that add up in fp32: see `_WideRouter`.
+Where a family computes the linear in fp32 from tokens in bf16, which takes fp32 GEMMs and fp32 copies of the tokens, the same products come
+from bf16 GEMMs that add up in fp32: see `_WideRouter`. The weight may be in fp32: it is the sum of three bf16 matrices.
 
 Scores are computed in fp32 from the logits as the linear rounded them, so with the same logits the choice is the family's. Among equal
 scores the lowest expert comes first; torch.topk leaves that open. The truth is `moepatch.layers.router.reference_router`.
@@ -10,14 +10,16 @@ scores the lowest expert comes first; torch.topk leaves that open. The truth is 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..autocast import autocast_dtype
 from ..layers.router import GROUP_SCORES, SCORES, Routing, RouterSpec, logits_of, reference_choice, result_dtype
-from .launch import Prepared
-from .router_jit import choice_kernel, gradient_kernel
+from .launch import Prepared, launch
+from .router_jit import choice_kernel, gradient_kernel, parts_kernel
 
 try:
     import triton
@@ -26,6 +28,8 @@ except ImportError:
 
 #: The most experts, and choices, that a program holds in registers.
 MOST_EXPERTS, MOST_CHOICES = 1024, 32
+#: Numbers of a program that splits them.
+_PARTS_BLOCK = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +44,7 @@ def too_large(spec: RouterSpec) -> str | None:
 
 def router(x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, spec: RouterSpec) -> Routing:
     """Arguments and result as for `reference_router`, which does after the linear what the kernels cannot."""
-    if spec.linear == "float" and bias is None and _exact_in_parts(x, weight) and _serves(x, correction):
+    if bias is None and _is_wide(x, weight, spec) and _serves(x, correction):
         x = x.reshape(-1, x.shape[-1])
         return _WideRouter.apply(x, weight, correction, spec, x.dtype if spec.result == "input" else torch.float32)
     logits = logits_of(x, weight, bias, spec)
@@ -62,9 +66,12 @@ def _serves(x: Tensor, correction: Tensor | None) -> bool:
     )
 
 
-def _exact_in_parts(x: Tensor, weight: Tensor) -> bool:
-    """Whether the products of an fp32 linear are those of a bf16 GEMM: fp32 holds the product of two bf16 numbers as it is."""
-    return x.dtype == weight.dtype == torch.bfloat16 and type(weight) in (Tensor, nn.Parameter)
+def _is_wide(x: Tensor, weight: Tensor, spec: RouterSpec) -> bool:
+    """Whether the linear is one in fp32 whose products bf16 GEMMs have: fp32 holds the product of two bf16 numbers as it is."""
+    if x.dtype != torch.bfloat16 or weight.dtype not in (torch.bfloat16, torch.float32) or type(weight) not in (Tensor, nn.Parameter):
+        return False
+    # Autocast rounds the weight before such a linear.
+    return spec.linear == "float" or (spec.linear == "weight" and weight.dtype == torch.float32 and autocast_dtype(x.device) is None)
 
 
 @functools.cache
@@ -94,14 +101,16 @@ class _Router(torch.autograd.Function):
 
 
 class _WideRouter(torch.autograd.Function):
-    """The linear too: tokens ``[T, H]`` and weight ``[E, H]`` in bf16, logits as an fp32 linear computes them.
+    """The linear too: tokens ``[T, H]`` in bf16 and weight ``[E, H]`` in bf16 or fp32, logits as an fp32 linear computes them.
 
-    The gradient of the logits, in fp32, becomes two bf16 numbers whose sum has 16 of its 24 bits; what is computed from it is rounded to 8.
+    A weight in fp32 is the sum of three bf16 numbers to the last bit, and so is a gradient of the logits. What is rounded to bf16 in the end
+    takes the two larger ones of each, 16 of 24 bits: the gradient of the tokens, and that of a weight in bf16.
     """
 
     @staticmethod
     def forward(ctx, x, weight, correction, spec, dtype):
-        logits = _product(x, weight.t())
+        parts = [weight] if weight.dtype == x.dtype else in_parts(weight, 3)
+        logits = _product(x, parts[0].t()) if len(parts) == 1 else _sum_of(_product(x, parts.flatten(0, 1).t()).chunk(3, 1))
         weights, ids = _choice(logits, correction, spec, dtype)
         ctx.spec = spec
         ctx.save_for_backward(x, weight, logits, ids)
@@ -113,19 +122,35 @@ class _WideRouter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlogits, dweights, _):
         x, weight, logits, ids = ctx.saved_tensors
+        count = 2 if weight.dtype == x.dtype else 4
         if dweights is not None:
-            parts = _gradient(logits, ids, dweights, dlogits, ctx.spec, in_parts=True)
+            parts = _gradient(logits, ids, dweights, dlogits, ctx.spec, parts=count)
         elif dlogits is not None:
-            high = dlogits.to(torch.bfloat16)
-            parts = torch.cat((high, (dlogits - high).to(torch.bfloat16)), 1)
+            high, *lower = in_parts(dlogits, count // 2 + 1)
+            parts = torch.cat([high, lower[0]] if count == 2 else [lower[1], lower[0], high, high], 1)
         else:
             return None, None, None, None, None
-        dx = parts @ torch.cat((weight, weight)) if ctx.needs_input_grad[0] else None
-        dweight = None
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            high, *lower = [weight] if count == 2 else in_parts(weight, 2)
+            dx = parts @ torch.cat([high, high]) if count == 2 else parts[:, logits.shape[1] :] @ torch.cat([high, high, *lower])
         if ctx.needs_input_grad[1]:
-            both = _product(parts.t(), x)
-            dweight = torch.add(*both.chunk(2), out=torch.empty_like(weight))
+            both = _product(parts[:, : (2 if count == 2 else 3) * logits.shape[1]].t(), x)
+            dweight = torch.add(*both.chunk(2), out=torch.empty_like(weight)) if count == 2 else _sum_of(both.chunk(3)[::-1])
         return dx, dweight, None, None, None
+
+
+def in_parts(wide: Tensor, count: int) -> Tensor:
+    """``[count, *shape]`` in bf16, the largest first, whose sum is an fp32 tensor: to the last bit if there are three of them."""
+    wide = wide.contiguous()
+    parts = torch.empty((count, *wide.shape), dtype=torch.bfloat16, device=wide.device)
+    launch(parts_kernel, (-(-wide.numel() // _PARTS_BLOCK),), wide, parts, wide.numel(), COUNT=count, BLOCK=_PARTS_BLOCK, num_warps=4)
+    return parts
+
+
+def _sum_of(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of three, the largest first: what is small is added up before."""
+    return torch.add(parts[0], parts[1] + parts[2])
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -146,12 +171,12 @@ def _choice(logits: Tensor, correction: Tensor | None, spec: RouterSpec, dtype: 
     return weights, ids
 
 
-def _gradient(logits: Tensor, ids: Tensor, dweights: Tensor, dlogits: Tensor | None, spec: RouterSpec, in_parts: bool = False) -> Tensor:
-    """The gradient of the logits ``[T, E]``; `in_parts`: two bf16 numbers for each, ``[T, 2E]``, the larger ones first."""
+def _gradient(logits: Tensor, ids: Tensor, dweights: Tensor, dlogits: Tensor | None, spec: RouterSpec, parts: int = 0) -> Tensor:
+    """The gradient of the logits ``[T, E]``; in `parts`: so many bf16 numbers for each, ``[T, parts·E]``, in the order of `gradient_kernel`."""
     tokens, experts = logits.shape
-    shape, dtype = ((tokens, 2 * experts), torch.bfloat16) if in_parts else (logits.shape, logits.dtype)
+    shape, dtype = ((tokens, parts * experts), torch.bfloat16) if parts else (logits.shape, logits.dtype)
     total = torch.empty(shape, dtype=dtype, device=logits.device)
-    rows, kernel = _prepared_gradient(spec, dlogits is not None, in_parts)
+    rows, kernel = _prepared_gradient(spec, dlogits is not None, parts)
     dlogits = None if dlogits is None else dlogits.contiguous()
     kernel((-(-tokens // rows),), logits, ids, dweights.contiguous(), dlogits, total, tokens)
     return total
@@ -196,7 +221,7 @@ def _prepared_choice(spec: RouterSpec, dtype: torch.dtype) -> tuple[int, Prepare
 
 
 @functools.lru_cache(maxsize=256)
-def _prepared_gradient(spec: RouterSpec, added: bool, in_parts: bool) -> tuple[int, Prepared]:
+def _prepared_gradient(spec: RouterSpec, added: bool, parts: int) -> tuple[int, Prepared]:
     """Tokens of a program, and the kernel."""
     constants = _constants(spec, True)
-    return constants["ROWS"], Prepared(gradient_kernel, **constants, ADD=added, PARTS=in_parts)
+    return constants["ROWS"], Prepared(gradient_kernel, **constants, ADD=added, PARTS=parts)

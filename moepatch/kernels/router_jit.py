@@ -115,7 +115,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """The whole gradient of the logits: through the weights, and with ``ADD`` what a loss says about the logits themselves.
 
-    With ``PARTS`` a row is twice as wide: the gradients rounded, and what the rounding took away.
+    With ``PARTS`` a row is so many times as wide: the gradients rounded, and what the rounding took away. With 2 in this order; with 4 what the
+    second rounding took away comes first, then what the first did, then the rounded ones twice.
     """
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     row = token[:, None]
@@ -151,7 +152,29 @@ def gradient_kernel(
         out += other.to(tl.float32)
     if PARTS:
         high = out.to(total.dtype.element_ty)
-        tl.store(total + row * (2 * E) + col, high, mask=inside)
-        tl.store(total + row * (2 * E) + E + col, (out - high.to(tl.float32)).to(total.dtype.element_ty), mask=inside)
+        rest = out - high.to(tl.float32)
+        middle = rest.to(total.dtype.element_ty)
+        place = total + row * (PARTS * E) + col
+        if PARTS == 2:
+            tl.store(place, high, mask=inside)
+            tl.store(place + E, middle, mask=inside)
+        else:
+            tl.store(place, (rest - middle.to(tl.float32)).to(total.dtype.element_ty), mask=inside)
+            tl.store(place + E, middle, mask=inside)
+            tl.store(place + 2 * E, high, mask=inside)
+            tl.store(place + 3 * E, high, mask=inside)
     else:
         tl.store(total + row * E + col, out.to(total.dtype.element_ty), mask=inside)
+
+
+@jit()
+def parts_kernel(wide, parts, n, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers in fp32 as sums of bf16 numbers, ``COUNT`` times n of them: rounded, and what each rounding took away, rounded."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rest = tl.load(wide + at, mask=at < n, other=0)
+    place = parts + at
+    for _ in tl.static_range(COUNT):
+        rounded = rest.to(parts.dtype.element_ty)
+        tl.store(place, rounded, mask=at < n)
+        rest -= rounded.to(tl.float32)
+        place += n  # not at + part · n, which may not fit into 32 bits

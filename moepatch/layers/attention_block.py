@@ -21,41 +21,13 @@ from ..autocast import autocast_dtype
 from ..kind import Kind
 from ..layout.adjacent import Adjacent
 from ..registry import compute
-from ..surgery import Patched, Step, is_bare, original_class
+from ..surgery import Step, is_bare, original_class
 from ..trial import Call
 from .attention.function import direct
 from .attention_span import Span, attention_span
 from .linear import PROJECTIONS, project
+from .roles import Argument, ByRole, Given, Roles
 from .rope import ROPES, HeadsSpec, dense_rows, reference_heads
-
-#: Where a keyword argument of the attention function comes from. In training only: ``training attribute``, ``training config``, else 0.0.
-SOURCES = ("constant", "attribute", "config", "training attribute", "training config")
-#: What the forward of such a module may take, beside keywords that it hands on.
-PARAMETERS = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
-
-
-@dataclass(frozen=True)
-class Argument:
-    """A keyword argument that the family gives to the attention function.
-
-    Attributes:
-        name: of the argument.
-        source: one of `SOURCES`.
-        value: the constant, or the name of the attribute (of the module or its config).
-    """
-
-    name: str
-    source: str
-    value: Any
-
-    def of(self, module: nn.Module) -> Any:
-        """Its value now."""
-        if self.source == "constant":
-            return self.value
-        if self.source.startswith("training") and not module.training:
-            return 0.0
-        return getattr(module.config if self.source.endswith("config") else module, self.value)
-
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionBlockSpec:
@@ -72,7 +44,7 @@ class AttentionBlockSpec:
         gate: the name of a layer of tokens whose sigmoid multiplies the result, per number or per head; None without one.
         partial: whether it rotates some of the dims of a head (the tables say how many).
         arguments: what the attention function is given.
-        parameters: the names of the forward's arguments, in order.
+        roles: what the arguments of the forward are.
     """
 
     hidden: int
@@ -85,7 +57,7 @@ class AttentionBlockSpec:
     gate: str | None = None
     partial: bool = False
     arguments: tuple[Argument, ...] = ()
-    parameters: tuple[str, ...] = PARAMETERS
+    roles: Roles
 
     @property
     def table_width(self) -> int:
@@ -145,7 +117,7 @@ class AttentionBlockState:
         return f"{self.spec.describe()}, backend={self.backend}"
 
 
-class PatchedAttentionBlock(Patched):
+class PatchedAttentionBlock(ByRole):
     """Computes what the family's forward does, with its arguments, and returns what it returns: the result and the attention weights.
 
     A projection or a norm that is more than it was (a LoRA layer, hooks) is called as it is.
@@ -153,29 +125,26 @@ class PatchedAttentionBlock(Patched):
 
     _moepatch: AttentionBlockState
 
-    def forward(self, *args, **kwargs):
-        """See the class; arguments go by the family's own names and order."""
+    def computed(self, given: Given):
+        """See the class."""
         spec, backend = self._moepatch.spec, self._moepatch.backend
-        if args:
-            kwargs.update(zip(spec.parameters, args))
-        hidden_states, mask = kwargs.pop("hidden_states"), kwargs.pop("attention_mask", None)
-        # Where the family's forward does not know a table or a cache by name, it is one more keyword to hand on.
-        tables = kwargs.pop("position_embeddings", None) if "position_embeddings" in spec.parameters else None
-        cache = kwargs.pop("past_key_values", None) if "past_key_values" in spec.parameters else None
+        hidden_states, cache = given.tokens, given.cache
         registry, eager = attention_functions(original_class(self))
         attend = registry.get_interface(self.config._attn_implementation, eager)
-        arguments = {argument.name: argument.of(self) for argument in spec.arguments}
-        if backend == "triton" and not torch.compiler.is_compiling() and (cache is None or is_fresh(cache, self.layer_idx)):
-            found = self._at_once(spec, attend, hidden_states, tables, mask, {**arguments, **kwargs}, cache is not None)
+        arguments = {**{argument.name: argument.of(self) for argument in spec.arguments}, **given.handed}
+        if backend == "triton" and not torch.compiler.is_compiling() and (cache is None or is_fresh(cache, spec.roles.layer(self, given))):
+            extra = given.extra if spec.roles.extra else {}
+            found = self._at_once(spec, attend, hidden_states, given.tables, given.mask, {**arguments, **extra}, cache is not None)
             if found is not None:
                 y, *kept = found if isinstance(found, tuple) else (found,)
                 if kept:
-                    cache.update(*kept, self.layer_idx)
+                    spec.roles.updated(self, given, *kept)
                 return y, None
-        q, k, v, gate = self._heads(spec, backend, hidden_states, tables)
+        q, k, v, gate = self._heads(spec, backend, hidden_states, given.tables)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
-        y, attention_weights = attend(self, q, k, v, mask, **arguments, **kwargs)
+            k, v = spec.roles.updated(self, given, k, v)
+        # A cache may have changed the other keywords.
+        y, attention_weights = attend(self, q, k, v, given.mask, **arguments, **(given.extra if spec.roles.extra else {}))
         y = self._gated(spec, y, gate, hidden_states).reshape(*hidden_states.shape[:-1], -1)
         output = self._modules[spec.output]
         plain = backend in PROJECTIONS and type(output) is nn.Linear and is_bare(output)
@@ -248,9 +217,9 @@ def attention_functions(cls: type) -> tuple[Any, Any] | None:
     return names["ALL_ATTENTION_FUNCTIONS"], names["eager_attention_forward"]
 
 
-def is_fresh(cache: Any, layer: int) -> bool:
+def is_fresh(cache: Any, layer: Any) -> bool:
     """Whether a cache would hand back what it is given: it grows, and holds nothing of this layer yet, as those that a training step makes."""
-    if type(cache) is not DynamicCache:
+    if type(cache) is not DynamicCache or type(layer) is not int:
         return False
     known = layer < len(cache.layers)
     grows = (type(cache.layers[layer]) if known else cache.layer_class_to_replicate) in (DynamicLayer, DynamicSlidingWindowLayer)
@@ -265,10 +234,10 @@ def _call(spec: AttentionBlockSpec, dtype, device, generator, batch: int, sequen
     def made(*shape):
         return torch.randn(shape, generator=generator)
 
-    kwargs = {"hidden_states": made(batch, sequence, spec.hidden), "attention_mask": None}
-    if "position_embeddings" in spec.parameters:
+    kwargs = {**spec.roles.absent(), spec.roles.tokens: made(batch, sequence, spec.hidden)}
+    if spec.roles.tables is not None:
         angles = made(1, sequence, spec.table_width) * 3
-        kwargs["position_embeddings"] = (angles.cos(), angles.sin())
+        kwargs[spec.roles.tables] = (angles.cos(), angles.sin())
     return Call(kwargs=kwargs).mapped(lambda t: t.to(device=device, dtype=dtype))
 
 
@@ -277,7 +246,7 @@ def _trial(spec: AttentionBlockSpec, dtype: torch.dtype, device: torch.device, g
 
 
 def _bench(spec: AttentionBlockSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int) -> Call:
-    return replace(_call(spec, dtype, device, generator, batch=1, sequence=tokens), constants=frozenset({"position_embeddings"}))
+    return replace(_call(spec, dtype, device, generator, batch=1, sequence=tokens), constants=frozenset({spec.roles.tables}))
 
 
 def _beside_each_other(module: nn.Module, spec: AttentionBlockSpec) -> Sequence[Step]:

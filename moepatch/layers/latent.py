@@ -16,10 +16,11 @@ from torch.nn.modules import module as torch_module
 
 from ..kind import Kind
 from ..registry import compute
-from ..surgery import Patched, is_bare, original_class
+from ..surgery import is_bare, original_class
 from ..trial import Call
-from .attention_block import PARAMETERS, Argument, attention_functions, is_fresh
+from .attention_block import attention_functions, is_fresh
 from .latent_heads import TURNS, LatentHeads, tables_of
+from .roles import Argument, ByRole, Given, Roles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class LatentSpec:
         kv_scale: multiplies the normed latent.
         gate: the name of a layer of tokens whose sigmoid multiplies the result, per number or per head; None without one.
         arguments: what the attention function is given.
-        parameters: the names of the forward's arguments, in order.
+        roles: what the arguments of the forward are.
     """
 
     hidden: int
@@ -49,7 +50,7 @@ class LatentSpec:
     kv_scale: float = 1.0
     gate: str | None = None
     arguments: tuple[Argument, ...] = ()
-    parameters: tuple[str, ...] = PARAMETERS
+    roles: Roles
 
     def parameter_names(self) -> tuple[str, ...]:
         """The weights of the projections, relative to the module."""
@@ -100,7 +101,7 @@ class LatentState:
         return f"{self.spec.describe()}, backend={self.backend}"
 
 
-class PatchedLatent(Patched):
+class PatchedLatent(ByRole):
     """Computes what the family's forward does, with its arguments, and returns what it returns: the result and the attention weights.
 
     All projections and norms are called as they are. With a cache that holds something already, the family's own forward computes.
@@ -108,16 +109,12 @@ class PatchedLatent(Patched):
 
     _moepatch: LatentState
 
-    def forward(self, *args, **kwargs):
-        """See the class; arguments go by the family's own names and order."""
+    def computed(self, given: Given):
+        """See the class."""
         spec, backend = self._moepatch.spec, self._moepatch.backend
-        if args:
-            kwargs.update(zip(spec.parameters, args))
-        known = {name: kwargs[name] for name in spec.parameters if name in kwargs}
-        cache, positions = known.get("past_key_values"), known.get("position_embeddings")
-        if (cache is not None and not is_fresh(cache, self.layer_idx)) or (spec.heads.rope != "none" and positions is None):
-            return super().forward(**kwargs)
-        x, rest = known["hidden_states"], {name: value for name, value in kwargs.items() if name not in known}
+        x, cache = given.tokens, given.cache
+        if (cache is not None and not is_fresh(cache, spec.roles.layer(self, given))) or (spec.heads.rope != "none" and given.tables is None):
+            return self.as_the_family(given)
         modules, heads = self._modules, spec.heads
         q = x
         for name in spec.queries:
@@ -126,14 +123,14 @@ class PatchedLatent(Patched):
         latent = modules[spec.norm](latent)
         latent = latent * spec.kv_scale if spec.kv_scale != 1.0 else latent
         owned = not torch.compiler.is_compiling() and _makes_its_own(modules[spec.queries[-1]])
-        q, k, v = compute("latent", backend)(q, modules[spec.up](latent), shared, heads, *tables_of(positions), owned)
+        q, k, v = compute("latent", backend)(q, modules[spec.up](latent), shared, heads, *tables_of(given.tables), owned)
         if cache is not None:
             # The shared key, rotated, lies in the keys of every head. A fresh cache hands back what it is given.
-            cache.update(latent.unsqueeze(1), k[:, :1, :, heads.nope :], self.layer_idx)
+            spec.roles.updated(self, given, latent.unsqueeze(1), k[:, :1, :, heads.nope :])
         registry, eager = attention_functions(original_class(self))
         attend = registry.get_interface(self.config._attn_implementation, eager)
-        arguments = {argument.name: argument.of(self) for argument in spec.arguments}
-        y, attention_weights = attend(self, q, k, v, known.get("attention_mask"), **arguments, **rest)
+        arguments = {**{argument.name: argument.of(self) for argument in spec.arguments}, **given.handed}
+        y, attention_weights = attend(self, q, k, v, given.mask, **arguments, **(given.extra if spec.roles.extra else {}))
         if spec.gate is not None:
             y = y * torch.sigmoid(modules[spec.gate](x)).unflatten(-1, (heads.heads, -1))
         return modules[spec.output](y.reshape(*x.shape[:-1], -1)), attention_weights
@@ -152,9 +149,9 @@ def _call(spec: LatentSpec, dtype, device, generator, batch: int, sequence: int)
     def made(*shape) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    kwargs = {"hidden_states": made(batch, sequence, spec.hidden), "attention_mask": None}
-    if "position_embeddings" in spec.parameters:
-        kwargs["position_embeddings"] = random_tables(spec.heads, 1, sequence, generator, device)
+    kwargs = {**spec.roles.absent(), spec.roles.tokens: made(batch, sequence, spec.hidden)}
+    if spec.roles.tables is not None:
+        kwargs[spec.roles.tables] = random_tables(spec.heads, 1, sequence, generator, device)
     return Call(kwargs=kwargs).mapped(lambda t: t.to(device=device, dtype=dtype))
 
 
@@ -170,7 +167,7 @@ def _trial(spec: LatentSpec, dtype: torch.dtype, device: torch.device, generator
 
 
 def _bench(spec: LatentSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int) -> Call:
-    return replace(_call(spec, dtype, device, generator, batch=1, sequence=tokens), constants=frozenset({"position_embeddings"}))
+    return replace(_call(spec, dtype, device, generator, batch=1, sequence=tokens), constants=frozenset({spec.roles.tables}))
 
 
 LATENT = Kind(

@@ -9,26 +9,26 @@ gradients.
 from __future__ import annotations
 
 import dis
-import functools
-import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import trial
-from ..layers.attention_block import ATTENTION_BLOCK, PARAMETERS, Argument, AttentionBlockSpec, attention_functions
+from ..layers.attention_block import ATTENTION_BLOCK, AttentionBlockSpec, attention_functions
+from ..layers.roles import Argument
 from ..layers.rope import ROPES, HeadNorm, HeadsSpec
 from ..registry import register_matcher
 from ..scan import Found, Scan
-from ..site import Refusal, Site
+from ..site import Left, Refusal, Site
 from ..surgery import original_class
-from .attention_calls import Subject, heads_call
-from .experts import make_site
+from .attention_calls import Subject
+from .experts import left, make_site
 from .norm import match_norm
 from .probe import fingerprint
+from .roles import base_roles
 
 _INPUTS = ("q_proj", "k_proj", "v_proj")
 _OUTPUTS = ("o_proj", "out_proj")
@@ -37,20 +37,24 @@ _SMALL_HIDDEN = 40
 
 
 @register_matcher("attention_block", priority=40, around=True)
-def match_attention_block(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None:
+def match_attention_block(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
     """See the module's docstring."""
     module = found.module
     form = _form(module)
-    if form is None:
-        return None
-    key = ("attention_block", id(module.config), without_index(module))
-    if key not in memo:
-        memo[key] = _read(form, module, scan, memo)
-    spec = memo[key]
-    if spec is None:
-        return None
-    site = make_site(found, "attention_block", spec, spec.parameter_names())
-    return site if isinstance(site, Site) else None
+    if isinstance(form, _Form):
+        key = ("attention_block", id(module.config), without_index(module))
+        if key not in memo:
+            memo[key] = _read(form, module, scan, memo)
+        form = memo[key]
+    return taken(found, "attention_block", form)
+
+
+def taken(found: Found, kind: str, reading: Any) -> Site | Left | None:
+    """What a matcher returns for a spec, for a reason or for None."""
+    if reading is None or isinstance(reading, str):
+        return None if reading is None else left(found, kind, reading)
+    site = make_site(found, kind, reading, reading.parameter_names())
+    return site if isinstance(site, Site) else left(found, kind, site.reason)
 
 
 def without_index(module: nn.Module) -> tuple:
@@ -68,35 +72,49 @@ class _Form:
     norms: tuple[str, ...]
 
 
-def _form(module: nn.Module) -> _Form | None:
-    """The sizes and parts of a module that has the form, or None."""
-    children, attributes = module._modules, vars(module)
-    output = next((name for name in _OUTPUTS if name in children), None)
-    if output is None or any(name not in children for name in _INPUTS) or module._buffers:
-        return None
-    if "config" not in attributes or "head_dim" not in attributes or attention_functions(original_class(module)) is None:
+def _form(module: nn.Module) -> _Form | str | None:
+    """The sizes and parts of a module that has the form, what is odd about them, or None."""
+    children = module._modules
+    output = next((name for name in _OUTPUTS if children.get(name) is not None), None)
+    if output is None or any(children.get(name) is None for name in _INPUTS):
         return None
     layers = [children[name] for name in (*_INPUTS, output)]
-    parameters = list(inspect.signature(trial.eager_forward(module)).parameters.values())[1:]
-    keywords = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-    names = tuple(p.name for p in parameters if p not in keywords)
-    if any(type(layer) is not nn.Linear for layer in layers) or not set(names) <= set(PARAMETERS) or len(keywords) != 1:
-        return None
+    reason = odd_module(module) or odd_linears((*_INPUTS, output), layers)
+    if reason is not None or module._buffers:
+        return reason or f"it has the buffer `{next(iter(module._buffers))}`"
     biased = {layer.bias is not None for layer in layers[:3]}
-    heads = _heads(*layers, attributes["head_dim"])
-    others = [name for name in children if name not in (*_INPUTS, output)]
+    heads = _heads(*layers, vars(module).get("head_dim"))
+    if heads is None or len(biased) > 1:
+        shapes = ", ".join(f"{name} {list(layer.weight.shape)}" for name, layer in zip((*_INPUTS, output), layers, strict=True))
+        return f"no number of heads explains its projections ({shapes})" if heads is None else "some of its projections have a bias, and some have none"
+    others = [name for name in children if name not in (*_INPUTS, output) and children[name] is not None]
     norms = tuple(name for first in "qk" for name in others if name.startswith(first) and "norm" in name)
     gates = [name for name in others if name not in norms]
-    if heads is None or len(biased) > 1 or len(norms) not in (0, 2) or len(gates) > 1 or names[:1] != ("hidden_states",):
-        return None
+    if len(norms) not in (0, 2) or len(gates) > 1:
+        return f"it has the children {', '.join(others)} beside its projections"
     gate = gates[0] if gates else None
     if gate is not None and (type(children[gate]) is not nn.Linear or children[gate].out_features not in (heads.heads, heads.heads * heads.value_dim)):
-        return None
+        return f"its child `{gate}` is no gate of the heads"
+    roles = base_roles(module, "")
+    if isinstance(roles, str):
+        return roles
     spec = AttentionBlockSpec(
-        hidden=layers[0].in_features, heads=heads, bias=biased.pop(), inputs=_INPUTS, output=output, norms=norms, gate=gate, parameters=names,
+        hidden=layers[0].in_features, heads=heads, bias=biased.pop(), inputs=_INPUTS, output=output, norms=norms, gate=gate, roles=roles,
         norm_class=original_class(children[norms[0]]) if norms else None,
     )  # fmt: skip
     return _Form(spec, norms)
+
+
+def odd_module(module: nn.Module) -> str | None:
+    """What keeps a module with the children of an attention module from being called with an attention function that writes, or None."""
+    if attention_functions(original_class(module)) is None:
+        return "it does not go through transformers' attention interface"
+    return None if "config" in vars(module) else "it has no `config`"
+
+
+def odd_linears(names: Iterable[str], layers: Iterable[nn.Module]) -> str | None:
+    """The first of the projections that is something else than torch's linear layer, in words, or None."""
+    return next((f"its projection `{name}` is {type(layer).__name__}, not Linear" for name, layer in zip(names, layers, strict=True) if type(layer) is not nn.Linear), None)
 
 
 def _heads(q: nn.Linear, k: nn.Linear, v: nn.Linear, o: nn.Linear, head_dim: Any) -> HeadsSpec | None:
@@ -114,26 +132,27 @@ def _heads(q: nn.Linear, k: nn.Linear, v: nn.Linear, o: nn.Linear, head_dim: Any
     return HeadsSpec(heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, norm=None, rope="none", gated=gated)
 
 
-def _read(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> AttentionBlockSpec | None:
-    """The spec that computes what the module does, or None."""
+def _read(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> AttentionBlockSpec | str:
+    """The spec that computes what the module does, or why there is none."""
     norms = _norms(form, module, scan, memo)
     if norms is None:
-        return None
+        return f"what its norms ({', '.join(form.norms)}) compute is not known"
+    reasons = []
     for sizes in dict.fromkeys((tuple(_sizes(form.spec).items()), ())):
         for narrow in (2, 1):
             scaled = form.spec.resized(dict(sizes))
-            called = functools.partial(heads_call, scaled, scaled.heads.head_dim // narrow)
-            original = Subject.made(module, dict(sizes), called, ATTENTION_BLOCK)
-            if original is None:
+            original = Subject.made(module, dict(sizes), scaled.hidden, scaled.heads.head_dim // narrow, False, ATTENTION_BLOCK)
+            arguments = original if isinstance(original, str) else arguments_of(original)
+            if isinstance(arguments, str):
+                reasons.append(arguments)
                 continue
-            arguments = arguments_of(original)
-            if arguments is None:
-                continue
-            for spec in _readings(form.spec, norms, narrow):
+            for spec in _readings(replace(form.spec, roles=original.roles), norms, narrow):
                 spec = replace(spec, arguments=arguments)
                 if original.equals(spec.resized(dict(sizes))):
                     return spec
-    return None
+            reasons.append("it does not compute what its parts suggest")
+    # That a scale model fails says less than what another one showed.
+    return min(reasons, key=lambda reason: "cannot be run" in reason)
 
 
 def _norms(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> tuple[HeadNorm | None, ...] | None:
@@ -168,28 +187,28 @@ def _sizes(spec: AttentionBlockSpec) -> dict[int, int]:
 def _readings(spec: AttentionBlockSpec, norms: tuple[HeadNorm | None, ...], narrow: int) -> Iterator[AttentionBlockSpec]:
     """Every way to normalise and rotate with tables of D / `narrow` columns."""
     ways = [(name, False) if rope.width == narrow else (name, True) for name, rope in ROPES.items() if rope.width <= narrow]
-    for (rope, partial), norm in itertools.product(ways if "position_embeddings" in spec.parameters else [], norms):
+    for (rope, partial), norm in itertools.product(ways if spec.roles.tables is not None else [], norms):
         yield replace(spec, heads=replace(spec.heads, rope=rope, norm=norm), partial=partial)
     if narrow == 1:
         for norm in norms:
             yield replace(spec, heads=replace(spec.heads, rope="none", norm=norm))
 
 
-def arguments_of(subject: Subject) -> tuple[Argument, ...] | None:
-    """Where each keyword of the attention function comes from; None if one comes from nowhere that is known."""
-    training, evaluation = subject.given[0], subject.given[-1]
+def arguments_of(subject: Subject) -> tuple[Argument, ...] | str:
+    """Where each keyword of the attention function comes from, or what comes from nowhere that is known."""
+    training, evaluation = subject.given[0], subject.given[2]
+    handed = {keyword for _, keyword in subject.roles.handed}
     arguments = []
     for name, value in training.items():
-        if name in ("query", "key", "value", "attention_mask") or name in subject.call.kwargs:
+        if name in ("query", "key", "value", "attention_mask") or name in handed or (name in subject.call.kwargs and name not in subject.roles.names):
             continue
-        if name not in evaluation:
-            return None
-        found = _source(subject.module, name, value, evaluation[name])
+        found = _source(subject.module, name, value, evaluation[name]) if name in evaluation else None
         if found is None:
-            return None
+            return f"the attention function gets `{name}`, which comes from nowhere that is known"
         arguments.append(found)
     used = {argument.value for argument in arguments if argument.source == "attribute"}
-    return tuple(arguments) if set(subject.module._parameters) <= used else None
+    unused = sorted(name for name, p in subject.module._parameters.items() if p is not None and name not in used)
+    return f"what it does with its parameter `{unused[0]}` is not known" if unused else tuple(arguments)
 
 
 def _source(module: nn.Module, name: str, value: Any, in_evaluation: Any) -> Argument | None:

@@ -1,13 +1,14 @@
 """Recognises models whose attention goes through transformers' interface, so that a name in the configuration decides what computes it.
 
 The modules that share one configuration are one site, at the model that holds them: it builds the masks. Their code says how they call the
-interface. A module that looks at the name itself, computes with its mask, or hands on arguments that are not known is left as it is, and
-with it all modules that share its configuration.
+interface. A module that looks at the name itself, computes with its mask, or hands on arguments that only the family's function acts on is
+left as it is, and with it all modules that share its configuration.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 from collections import Counter
@@ -21,17 +22,18 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..layers.attention import NAMES
+from ..layers.attention.function import attention_function
 from ..layers.attention.spec import AttentionSpec, AttentionUse
+from ..layers.attention_block import attention_functions
 from ..registry import register_matcher
 from ..scan import Found, Scan
 from ..site import Site
 from ..surgery import original_class
 
-#: Keywords of a call of the interface that moepatch's functions act on, or may ignore as `eager` does.
-_KNOWN = frozenset(
-    "module query key value attention_mask dropout scaling is_causal softcap s_aux position_bias sliding_window output_attentions position_ids "
-    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k use_cache past_key_values deterministic".split()
-)
+#: What moepatch's functions act on, though not under this name: windows are in the masks, keys are packed as queries are.
+_SAID_OTHERWISE = frozenset("sliding_window cu_seq_lens_k max_length_k".split())
+#: The place of the mask among the arguments of an attention function.
+_MASK = 4
 _OTHERS = frozenset({"sdpa", "flex_attention"})
 
 
@@ -113,12 +115,27 @@ def _odd(cls: type[nn.Module]) -> str | None:
     if _OTHERS & _strings(cls):
         return "does something else for each attn_implementation"
     for call in _interface_calls(cls):
-        unknown = sorted(set(call.keywords) - _KNOWN)
+        unknown = sorted(name for name in set(call.keywords) - _acted_on() if _acts_on(cls, name))
         if unknown:
             return f"hands {', '.join(unknown)} to the attention function"
         if call.computes_with_mask:
             return "computes with its attention mask"
     return None
+
+
+@functools.cache
+def _acted_on() -> frozenset[str]:
+    """Keywords of a call of the interface that moepatch's functions act on."""
+    return frozenset(inspect.signature(attention_function("reference")).parameters) | _SAID_OTHERWISE
+
+
+def _acts_on(cls: type[nn.Module], keyword: str) -> bool:
+    """Whether what computes a class's attention now looks at a keyword. What it ignores may be called anything, and moepatch ignores it, too."""
+    functions = attention_functions(cls)
+    if functions is None:
+        return True
+    registry, eager = functions
+    return any(keyword in inspect.signature(f).parameters or keyword in _strings_of(inspect.unwrap(f).__code__) for f in (eager, registry["sdpa"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,22 +180,37 @@ def _read(forward: FunctionType) -> Iterator[_Call]:
         if isinstance(target, ast.Name)
     }
     calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in assigned]
-    handed_on = sum(isinstance(a, ast.Name) and a.id == "attention_mask" for c in calls for a in (*c.args, *(k.value for k in c.keywords)))
-    loaded = sum(isinstance(node, ast.Name) and node.id == "attention_mask" and isinstance(node.ctx, ast.Load) for node in nodes)
     for call in calls:
         keywords = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
-        yield _Call(keywords, loaded != handed_on, forward.__globals__)
+        mask = call.args[_MASK] if len(call.args) > _MASK else keywords.get("attention_mask")
+        yield _Call(keywords, _is_computed(mask, calls, nodes), forward.__globals__)
+
+
+def _is_computed(mask: ast.expr | None, calls: list[ast.Call], nodes: list[ast.AST]) -> bool:
+    """Whether a forward does anything with what it hands on as its mask but handing it on."""
+    if mask is None or isinstance(mask, ast.Constant):
+        return False
+    if not isinstance(mask, ast.Name):
+        return True
+    handed_on = sum(isinstance(a, ast.Name) and a.id == mask.id for c in calls for a in (*c.args, *(k.value for k in c.keywords)))
+    return handed_on != sum(isinstance(node, ast.Name) and node.id == mask.id for node in nodes)
 
 
 def _loads(node: ast.AST) -> set[str]:
     return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
-def _strings(cls: type[nn.Module]) -> set[str]:
+def _strings(cls: type[nn.Module]) -> frozenset[str]:
     """Every string in the code of a class's own methods."""
     bases = [base for base in cls.__mro__ if base is not nn.Module and issubclass(base, nn.Module)]
-    pending: list[Any] = [inspect.unwrap(f).__code__ for base in bases for f in vars(base).values() if isinstance(f, FunctionType)]
-    found: set[str] = set()
+    codes = (inspect.unwrap(f).__code__ for base in bases for f in vars(base).values() if isinstance(f, FunctionType))
+    return frozenset().union(*map(_strings_of, codes))
+
+
+@functools.cache
+def _strings_of(code: CodeType) -> frozenset[str]:
+    """Every string in some code."""
+    pending, found = [code], set()
     while pending:
         item = pending.pop()
         if isinstance(item, str):
@@ -187,7 +219,7 @@ def _strings(cls: type[nn.Module]) -> set[str]:
             pending += item.co_consts
         elif isinstance(item, (tuple, frozenset)):
             pending += item
-    return found
+    return frozenset(found)
 
 
 def _spec(module: nn.Module) -> AttentionSpec | None:

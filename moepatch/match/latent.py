@@ -7,31 +7,26 @@ such as choosing the keys that a query sees, calls more than these children and 
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from .. import trial
-from ..layers.attention_block import PARAMETERS, attention_functions
 from ..layers.latent import LATENT, LatentSpec
 from ..layers.latent_heads import TURNS, LatentHeads
 from ..registry import register_matcher
 from ..scan import Found, Scan
-from ..site import Refusal, Site
-from ..surgery import original_class
-from ..trial import Call
-from .attention_block import arguments_of, without_index
-from .attention_calls import Subject
-from .experts import make_site
+from ..site import Left, Refusal, Site
+from .attention_block import arguments_of, odd_linears, odd_module, taken, without_index
+from .attention_calls import Subject, same
 from .probe import finite_numbers
+from .roles import base_roles
 
 #: Names of what queries go through, and of the rest: to the latent and the shared key, the latent's norm, its up-projection, the result's.
 _QUERIES = (("q_proj",), ("q_a_proj", "q_a_layernorm", "q_b_proj"))
@@ -42,48 +37,48 @@ _SMALL_PART, _SMALL_HEADS, _SMALL_LATENT, _SMALL_RANK, _SMALL_HIDDEN = 4, 6, 24,
 
 
 @register_matcher("latent", priority=40, around=True)
-def match_latent(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None:
+def match_latent(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
     """See the module's docstring."""
     module = found.module
     form = _form(module)
-    if form is None:
-        return None
-    key = ("latent", id(module.config), without_index(module))
-    if key not in memo:
-        memo[key] = _read(form, module)
-    spec = memo[key]
-    if spec is None:
-        return None
-    site = make_site(found, "latent", spec, spec.parameter_names())
-    return site if isinstance(site, Site) else None
+    if isinstance(form, LatentSpec):
+        key = ("latent", id(module.config), without_index(module))
+        if key not in memo:
+            memo[key] = _read(form, module)
+        form = memo[key]
+    return taken(found, "latent", form)
 
 
-def _form(module: nn.Module) -> LatentSpec | None:
-    """The sizes and parts of a module that has the form, without rotation, scales and arguments; or None."""
+def _form(module: nn.Module) -> LatentSpec | str | None:
+    """The sizes and parts of a module that has the form, without rotation, scales and arguments; what is odd about them; or None."""
     children, attributes = {name: child for name, child in module._modules.items() if child is not None}, vars(module)
     queries = next((names for names in _QUERIES if all(name in children for name in names)), None)
-    if queries is None or any(name not in children for name in _OTHERS) or module._buffers or any(p is not None for p in module._parameters.values()):
+    if queries is None or any(name not in children for name in _OTHERS):
         return None
-    if "config" not in attributes or any(type(attributes.get(name)) is not int for name in _SIZES):
-        return None
-    if attention_functions(original_class(module)) is None:
-        return None
-    parameters = list(inspect.signature(trial.eager_forward(module)).parameters.values())[1:]
-    keywords = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-    names = tuple(p.name for p in parameters if p not in keywords)
-    if names[:1] != ("hidden_states",) or not set(names) <= set(PARAMETERS) or len(keywords) != 1:
-        return None
-    linears = [children[name] for name in (queries[0], queries[-1], *_OTHERS) if "norm" not in name]
+    names = [name for name in dict.fromkeys((queries[0], queries[-1], *_OTHERS)) if "norm" not in name]
     gates = [name for name in children if name not in (*queries, *_OTHERS)]
-    if any(type(linear) is not nn.Linear for linear in (*linears, *(children[name] for name in gates))) or len(gates) > 1:
-        return None
-    heads = _heads(*(attributes[name] for name in _SIZES), *linears[1:])
-    if heads is None or (gates and children[gates[0]].out_features not in (heads.heads, heads.heads * heads.value_dim)):
-        return None
+    if len(gates) > 1:
+        return f"it has the children {', '.join(gates)} beside its projections"
+    reason = odd_module(module) or odd_linears((*names, *gates), [children[name] for name in (*names, *gates)])
+    tensors = [name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
+    if reason is not None or tensors:
+        return reason or f"what it does with its parameter `{tensors[0]}` is not known"
+    sizes = [attributes.get(name) for name in _SIZES]
+    heads = None
+    if all(type(size) is int for size in sizes):
+        heads = _heads(*sizes, *(children[name] for name in (queries[-1], *_OTHERS) if "norm" not in name))
+    if heads is None:
+        shapes = ", ".join(f"{name} {list(children[name].weight.shape)}" for name in names)
+        return f"no number of heads explains its projections ({shapes})"
+    if gates and children[gates[0]].out_features not in (heads.heads, heads.heads * heads.value_dim):
+        return f"its child `{gates[0]}` is no gate of the heads"
+    roles = base_roles(module, "")
+    if isinstance(roles, str):
+        return roles
     down, norm, up, output = _OTHERS
     return LatentSpec(
         hidden=children[down].in_features, heads=heads, kv_rank=children[up].in_features, queries=queries, down=down, norm=norm, up=up,
-        output=output, gate=gates[0] if gates else None, parameters=names,
+        output=output, gate=gates[0] if gates else None, roles=roles,
     )  # fmt: skip
 
 
@@ -98,20 +93,27 @@ def _heads(nope: int, rope: int, value: int, q: nn.Linear, down: nn.Linear, up: 
     return LatentHeads(heads=heads, nope=nope, rope_dim=rope, value_dim=value, rope="none")
 
 
-def _read(form: LatentSpec, module: nn.Module) -> LatentSpec | None:
-    """The spec that computes what the module does, or None."""
+def _read(form: LatentSpec, module: nn.Module) -> LatentSpec | str:
+    """The spec that computes what the module does, or why there is none."""
     sizes = _sizes(form, module)
+    scaled = form.resized(sizes)
     numbers = [n for n in finite_numbers(module) if n not in (0.0, 1.0)]
-    for complex_tables in (False, True) if "position_embeddings" in form.parameters else (False,):
-        original = Subject.made(module, sizes, partial(_call, form.resized(sizes), complex_tables), LATENT)
-        arguments = arguments_of(original) if original is not None else None
-        if arguments is None:
+    reasons = []
+    for complex_tables in (False, True):
+        original = Subject.made(module, sizes, scaled.hidden, scaled.heads.rope_dim, complex_tables, LATENT)
+        arguments = original if isinstance(original, str) else arguments_of(original)
+        if isinstance(arguments, str):
+            reasons.append(arguments)
             continue
-        for spec in _readings(form, complex_tables, numbers):
-            scaled = replace(spec, arguments=arguments).resized(sizes)
-            if original.equals(scaled) and _keeps_the_same(original, scaled):
-                return replace(spec, arguments=arguments)
-    return None
+        for spec in _readings(replace(form, roles=original.roles, arguments=arguments), complex_tables, numbers):
+            small = spec.resized(sizes)
+            if original.equals(small) and _keeps_the_same(original, small):
+                return spec
+        reasons.append("it does not compute what its parts suggest")
+        if original.roles.tables is None:
+            break
+    # That a scale model fails says less than what another one showed.
+    return min(reasons, key=lambda reason: "cannot be run" in reason)
 
 
 def _sizes(spec: LatentSpec, module: nn.Module) -> dict[int, int]:
@@ -137,47 +139,36 @@ def _sizes(spec: LatentSpec, module: nn.Module) -> dict[int, int]:
 
 def _readings(form: LatentSpec, complex_tables: bool, numbers: list[float]) -> Iterator[LatentSpec]:
     """Every way to rotate by such tables and to scale by numbers that the module has."""
-    ways = [name for name, turn in TURNS.items() if turn.complex == complex_tables] if "position_embeddings" in form.parameters else []
+    ways = [name for name, turn in TURNS.items() if turn.complex == complex_tables] if form.roles.tables is not None else []
     ways += [] if complex_tables else ["none"]
     for q_scale, kv_scale in itertools.product((1.0, *numbers), repeat=2):
         for rope in ways:
             yield replace(form, heads=replace(form.heads, rope=rope, q_scale=q_scale), kv_scale=kv_scale)
 
 
-def _call(spec: LatentSpec, complex_tables: bool, generator: torch.Generator) -> Call:
-    """Tables have columns that have nothing to do with each other, so that it shows which are read."""
-
-    def made(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    batch, sequence = 2, 6
-    kwargs = {"hidden_states": made(batch, sequence, spec.hidden), "attention_mask": made(batch, 1, sequence, sequence), "position_ids": torch.arange(6)[None]}
-    if "position_embeddings" in spec.parameters:
-        tables = made(batch, sequence, spec.heads.rope_dim), made(batch, sequence, spec.heads.rope_dim)
-        kwargs["position_embeddings"] = torch.complex(*(t[..., ::2].contiguous() for t in tables)) if complex_tables else tables
-    return Call(kwargs=kwargs)
-
-
 def _keeps_the_same(original: Subject, spec: LatentSpec) -> bool:
-    """Whether an empty cache holds the same after a call of the module and of its twin."""
-    if "past_key_values" not in spec.parameters:
+    """Whether an empty cache is told and holds the same after a call of the module and of its twin."""
+    if spec.roles.cache is None:
         return True
     twin = original.twin(spec)
     try:
         theirs, ours = _cached(original, original.module, trial.eager_forward(original.module)), _cached(original, twin, type(twin).forward)
     except Exception:  # a family may ask more of a cache
         return False
-    return len(theirs) == len(ours) and all(a.shape == b.shape and _close(a, b) for a, b in zip(theirs, ours, strict=True))
+    return same(theirs, ours)
 
 
-def _cached(subject: Subject, module: nn.Module, forward: Any) -> list[Tensor]:
-    """What an empty cache holds after a call."""
-    cache = DynamicCache()
+def _cached(subject: Subject, module: nn.Module, forward: Any) -> list[Any]:
+    """What an empty cache is given besides keys and values, and what it holds after a call."""
+    cache, told = DynamicCache(), []
+    update = cache.update
+
+    def listening(key, value, *args, **kwargs):
+        told.append((args, {name: dict(v) if isinstance(v, dict) else v for name, v in kwargs.items()}))
+        return update(key, value, *args, **kwargs)
+
+    cache.update = listening
     module._moepatch_given = []
     with torch.no_grad(), trial.torch_formulas():
-        forward(module.eval(), **{**subject.call.kwargs, "past_key_values": cache})
-    return [t for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values)]
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.linalg.vector_norm(a - b) <= trial.FP32_LIMIT * torch.linalg.vector_norm(a))
+        forward(module.eval(), **{**subject.call.kwargs, subject.roles.cache: cache})
+    return [told, module._moepatch_given, [t for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values)]]

@@ -7,48 +7,54 @@ module, and settled by what the module computes.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .. import trial
 from ..layers.mixers.delta import PROJECTIONS, DeltaSpec
 from ..layers.mixers.selective import SelectiveSpec
+from ..kinds import KINDS
 from ..layers.mixers.ssd import SSDSpec
+from ..layers.roles import Roles
 from ..registry import register_matcher
+from ..replica import random_fill, replica
 from ..scan import Found, Scan
-from ..site import Site
-from .experts import make_site
+from ..site import Left, Site
+from .attention_calls import same
+from .experts import left, make_site
 from .probe import fingerprint, misfit
+from .roles import Recording, StandIn, attempt, base_roles, updates_of
 
-#: What a mixer is called with besides hidden states.
-_ARGUMENTS = ("cache_params", "attention_mask")
+#: Sequences and tokens that a scale model is called with.
+_BATCH, _SEQUENCE = 2, 6
 
 
 @register_matcher("ssd_mixer", priority=25, around=True)
-def match_ssd(found: Found, scan: Scan, memo: dict) -> Site | None:
+def match_ssd(found: Found, scan: Scan, memo: dict) -> Site | Left | None:
     """A Mamba-2 mixer."""
     return _match(found, memo, "ssd_mixer", ("mamba_ssm", "causal_conv1d"), _ssd_specs, _small_ssd)
 
 
 @register_matcher("delta_mixer", priority=25, around=True)
-def match_delta(found: Found, scan: Scan, memo: dict) -> Site | None:
+def match_delta(found: Found, scan: Scan, memo: dict) -> Site | Left | None:
     """A gated delta-rule mixer."""
     return _match(found, memo, "delta_mixer", ("fla", "causal_conv1d"), _delta_specs, _small_delta)
 
 
 @register_matcher("selective_mixer", priority=25, around=True)
-def match_selective(found: Found, scan: Scan, memo: dict) -> Site | None:
+def match_selective(found: Found, scan: Scan, memo: dict) -> Site | Left | None:
     """A Mamba-1 mixer."""
     return _match(found, memo, "selective_mixer", ("mamba_ssm", "causal_conv1d"), _selective_specs, _small_selective)
 
 
 def _match(
     found: Found, memo: dict, kind: str, libraries: tuple[str, ...], candidates: Callable[[nn.Module], Iterator[Any]], small: Callable[[Any], dict[int, int]]
-) -> Site | None:
+) -> Site | Left | None:
     module = found.module
     first = next(candidates(module), None)
     # A family that has its own fast path already is left alone.
@@ -56,23 +62,122 @@ def _match(
         return None
     key = (kind, fingerprint(module))
     if key not in memo:
-        memo[key] = next((spec for spec in candidates(module) if misfit(module, kind, spec, small(spec)) is None), None)
-    site = None if memo[key] is None else make_site(found, kind, memo[key], ("conv1d.weight", "out_proj.weight"))
-    return site if isinstance(site, Site) else None
+        memo[key] = _read(module, kind, candidates(module), small)
+    reading = memo[key]
+    if isinstance(reading, str):
+        return left(found, kind, reading)
+    site = make_site(found, kind, reading, ("conv1d.weight", "out_proj.weight"))
+    return site if isinstance(site, Site) else left(found, kind, site.reason)
+
+
+class _Cache(Recording):
+    """An empty cache of states that writes down what it is given."""
+
+    def has_previous_state(self, *args, **kwargs):
+        return False
+
+    def is_recording_past(self, *args, **kwargs):
+        return False
+
+    def get_conv_state(self, *args, **kwargs):
+        return None
+
+    def get_recurrent_state(self, *args, **kwargs):
+        return None
+
+    def update_conv_state(self, states, *args, **kwargs):
+        self.note("update_conv_state", (states,), args, kwargs)
+        return states
+
+    def update_recurrent_state(self, states, *args, **kwargs):
+        self.note("update_recurrent_state", (states,), args, kwargs)
+        return states
+
+
+def _read(module: nn.Module, kind: str, specs: Iterator[Any], small: Callable[[Any], dict[int, int]]) -> Any:
+    """The spec that computes what a mixer does, or why there is none."""
+    reasons = []
+    for spec in specs:
+        roles = _roles(module, spec.resized(small(spec)), small(spec))
+        if isinstance(roles, str):
+            reasons.append(roles)
+            continue
+        spec = replace(spec, roles=roles)
+        reason = misfit(module, kind, spec, small(spec)) or _other_misfit(module, kind, spec, small(spec))
+        if reason is None:
+            return spec
+        reasons.append(f"it does not compute what its parameters suggest: {reason}")
+    return reasons[0]
+
+
+def _roles(module: nn.Module, spec: Any, sizes: dict[int, int]) -> Roles | str:
+    """The parts of the arguments of a mixer's forward, whose scale model `spec` describes, or why one has none."""
+    generator = torch.Generator().manual_seed(0)
+    model = replica(module, sizes, random_fill(generator))
+
+    def tokens() -> Tensor:
+        return torch.randn(_BATCH, _SEQUENCE, spec.hidden, generator=generator)
+
+    def run(values: dict[str, Any]) -> None:
+        trial.eager_forward(model)(model.eval(), **values)
+
+    found = attempt(model, tokens, lambda name: StandIn(name, cache=_Cache()), [_mask], run)
+    if isinstance(found, str):
+        return found
+    roles = base_roles(model, found.tokens)
+    if isinstance(roles, str):
+        return roles
+    if roles.names[0] != roles.tokens:
+        return f"its first argument, `{roles.names[0]}`, is not its tokens"
+    masks = [name for name, value in found.values.items() if isinstance(value, Tensor) and name != roles.tokens]
+    caches = found.caches()
+    if len(masks) > 1 or len(caches) != 1:
+        return f"the argument `{masks[1]}` decides what the module does" if len(masks) > 1 else f"it updates {len(caches)} caches"
+    updates = updates_of(model, found, run, None)
+    if isinstance(updates, str):
+        return updates
+    methods = [method for method, _ in updates]
+    if methods != ["update_conv_state", "update_recurrent_state"]:
+        return f"it keeps its states by {', '.join(methods)}"
+    return replace(roles, mask=masks[0] if masks else None, cache=caches[0].moepatch_name, updates=updates)
+
+
+def _mask() -> Tensor:
+    """One sequence has padding before it."""
+    mask = torch.ones(_BATCH, _SEQUENCE)
+    mask[0, :2] = 0
+    return mask
+
+
+def _other_misfit(module: nn.Module, kind: str, spec: Any, sizes: dict[int, int]) -> str | None:
+    """None if a patched twin treats a mask as `module` does, and gives a cache the same; else how they differ."""
+    generator = torch.Generator().manual_seed(0)
+    original = replica(module, sizes, random_fill(generator)).eval()
+    twin = replica(original, {}, lambda tensor, shape: tensor.detach().clone())
+    trial.inject(twin, KINDS[kind].injections(spec.resized(sizes), "reference", None))
+    x = torch.randn(_BATCH, _SEQUENCE, spec.resized(sizes).hidden, generator=generator)
+    masked = {} if spec.roles.mask is None else {spec.roles.mask: _mask()}
+    records = []
+    try:
+        for copy, forward in ((original, trial.eager_forward(original)), (twin, type(twin).forward)):
+            cache = _Cache()
+            with torch.no_grad(), trial.torch_formulas():
+                records.append([forward(copy, x, **masked), forward(copy, x, **masked, **{spec.roles.cache: cache}), cache.given])
+    except Exception as error:  # a family may ask more of a cache
+        return f"a scale model of it cannot be run ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    return next((f"it differs {what}" for what, a, b in zip(("with a mask", "with a cache", "in what it gives the cache"), *records) if not same(a, b)), None)
 
 
 def _is_mixer(module: nn.Module, own: set[str], children: set[str]) -> bool:
-    """Exactly these parameters and children with parameters, a causal convolution of each channel, and the arguments of a mixer."""
+    """Exactly these parameters and children with parameters, and a causal convolution of each channel."""
     if set(module._parameters) != own or {name for name, child in module.named_children() if next(child.parameters(), None) is not None} != children:
         return False
-    conv, arguments = module._modules["conv1d"], inspect.signature(trial.eager_forward(module)).parameters
+    conv = module._modules["conv1d"]
     return (
         isinstance(conv, nn.Conv1d)
         and conv.groups == conv.in_channels == conv.out_channels
         and conv.padding == (conv.kernel_size[0] - 1,)
         and all(type(child) is nn.Linear for name, child in module.named_children() if name.endswith("_proj"))
-        and all(name in arguments for name in _ARGUMENTS)
-        and type(vars(module).get("layer_idx")) is int
     )
 
 

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ...trial import Call
+from ..roles import Given
 
 #: Arguments that keep packed sequences apart. What a family does with them depends on the libraries that are installed: left to it.
 _PACKED = ("seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 _TRIAL_TOKENS, _FEW_TOKENS = 12, 7
 
 
-def whole_sequences(mixer: nn.Module, conv: nn.Module, cache: Any, extra: Mapping[str, Any]) -> bool:
+def whole_sequences(mixer: nn.Module, conv: nn.Module, given: Given) -> bool:
     """True for training and prefill. Decoding, continued sequences, packed sequences and offloaded weights are left to the family.
 
     Args:
-        mixer: has the `layer_idx` under which the cache knows it.
+        mixer: whose cache knows it under an index.
         conv: the child whose weights are used without calling it.
-        cache: transformers' cache, or None.
-        extra: the other keyword arguments of the call.
+        given: the arguments of the call. One that plays no part in it may do so where a library computes.
     """
-    if cache is not None and cache.has_previous_state(mixer.layer_idx):
+    roles = given.roles
+    if given.cache is not None and given.cache.has_previous_state(roles.layer(mixer, given)):
         return False
     if "_hf_hook" in conv.__dict__ or torch.compiler.is_exporting():
         return False
-    return all(extra.get(name) is None for name in _PACKED)
+    known = (roles.tokens, roles.mask, roles.cache)
+    if any(value is not None and value is not roles.default(name) for name, value in given.named.items() if name not in known):
+        return False
+    return all(given.extra.get(name) is None for name in _PACKED)
 
 
 def masked(x_BTH: Tensor, mask_BT: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ...kernels.conv import reference_conv
 from ...kind import Kind
 from ...registry import compute
-from ...surgery import Patched
+from ..roles import ByRole, Given, Roles
 from .calls import bench_call, masked, short_trial_call, whole_sequences
 from .delta_scan import reference_delta_scan
 
@@ -39,6 +39,7 @@ class DeltaSpec:
         key_dim, value_dim: of one head, K and V.
         taps: of the convolution.
         layout: one of `PROJECTIONS`.
+        roles: what the arguments of its forward are; None until they are found.
     """
 
     hidden: int
@@ -48,6 +49,7 @@ class DeltaSpec:
     value_dim: int
     taps: int
     layout: str
+    roles: Roles | None = None
 
     @property
     def keys(self) -> int:
@@ -75,7 +77,8 @@ class DeltaSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return dict(vars(self))
+        known = {name: value for name, value in vars(self).items() if name != "roles"}
+        return known
 
     def projections(self) -> dict[str, int]:
         """The input projections and how wide each is."""
@@ -104,24 +107,25 @@ class DeltaState:
         return f"{self.spec.describe()}, backend={self.backend}"
 
 
-class PatchedDelta(Patched):
+class PatchedDelta(ByRole):
     """Takes and returns what the family's mixer does; training and prefill are computed by a backend, the rest by the family."""
 
     _moepatch: DeltaState
 
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+    def computed(self, given: Given):
         """See the class."""
-        if not whole_sequences(self, self.conv1d, cache_params, kwargs):
-            return super().forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        if not whole_sequences(self, self.conv1d, given):
+            return self.as_the_family(given)
+        hidden_states, cache, attention_mask = given.tokens, given.cache, given.mask
         spec = self._moepatch.spec
         mixed_BTC, gate, b_BTH, a_BTH = _project(self, spec, masked(hidden_states, attention_mask))
-        if cache_params is not None:
-            cache_params.update_conv_state(mixed_BTC.transpose(1, 2), self.layer_idx, conv_kernel_size=spec.taps)
+        if cache is not None:
+            spec.roles.updated(self, given, mixed_BTC.transpose(1, 2))
         g_BTH = -self.A_log.float().exp() * F.softplus(a_BTH.float() + self.dt_bias)
         weights = DeltaWeights(self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        o, last = compute("delta", self._moepatch.backend)(mixed_BTC, weights, g_BTH, b_BTH.sigmoid(), spec, cache_params is not None)
-        if cache_params is not None:
-            cache_params.update_recurrent_state(last, self.layer_idx)
+        o, last = compute("delta", self._moepatch.backend)(mixed_BTC, weights, g_BTH, b_BTH.sigmoid(), spec, cache is not None)
+        if cache is not None:
+            spec.roles.updated(self, given, last, place=1)
         # The norm is called with rows of one head, as the family does.
         normed = self.norm(o.reshape(-1, spec.value_dim), gate.reshape(-1, spec.value_dim))
         return self.out_proj(normed.view(*hidden_states.shape[:-1], spec.values))

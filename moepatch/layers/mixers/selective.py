@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ...kind import Kind
 from ...registry import compute
-from ...surgery import Patched
+from ..roles import ByRole, Given, Roles
 from .calls import bench_call, masked, trial_call, whole_sequences
 
 
@@ -36,6 +36,7 @@ class SelectiveSpec:
         rank: of the step sizes before their projection.
         taps: of the convolution.
         norms: names of the children that normalise step sizes, B and C; None without.
+        roles: what the arguments of its forward are; None until they are found.
     """
 
     hidden: int
@@ -44,6 +45,7 @@ class SelectiveSpec:
     rank: int
     taps: int
     norms: tuple[str, str, str] | None
+    roles: Roles | None = None
 
     def resized(self, sizes: Mapping[int, int]) -> SelectiveSpec:
         """The same mixer at other sizes."""
@@ -56,7 +58,8 @@ class SelectiveSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"layout": "mamba1", **vars(self)}
+        known = {name: value for name, value in vars(self).items() if name != "roles"}
+        return {"layout": "mamba1", **known}
 
 
 @dataclass(frozen=True)
@@ -70,28 +73,29 @@ class SelectiveState:
         return f"{self.spec.describe()}, backend={self.backend}"
 
 
-class PatchedSelective(Patched):
+class PatchedSelective(ByRole):
     """Takes and returns what the family's mixer does; training and prefill are computed by a backend, the rest by the family."""
 
     _moepatch: SelectiveState
 
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+    def computed(self, given: Given):
         """See the class."""
         # A quantized projection may only be called, and this one's weight is needed.
-        if not whole_sequences(self, self.conv1d, cache_params, kwargs) or not self.dt_proj.weight.is_floating_point():
-            return super().forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        if not whole_sequences(self, self.conv1d, given) or not self.dt_proj.weight.is_floating_point():
+            return self.as_the_family(given)
+        hidden_states, cache, attention_mask = given.tokens, given.cache, given.mask
         spec, backend = self._moepatch.spec, compute("selective", self._moepatch.backend)
         x_BTD, gate_BTD = self.in_proj(masked(hidden_states, attention_mask)).chunk(2, dim=-1)
-        if cache_params is not None:
-            cache_params.update_conv_state(x_BTD.transpose(1, 2), self.layer_idx, conv_kernel_size=spec.taps)
+        if cache is not None:
+            spec.roles.updated(self, given, x_BTD.transpose(1, 2))
         x_BTD = masked(backend.conv(x_BTD, self.conv1d.weight.squeeze(1), self.conv1d.bias), attention_mask)
         parts = self.x_proj(x_BTD).split([spec.rank, spec.state, spec.state], dim=-1)
         if spec.norms is not None:
             parts = [self.get_submodule(name)(part) for name, part in zip(spec.norms, parts, strict=True)]
         dt_BTD = F.linear(parts[0], self.dt_proj.weight)
         y_BTD, last = backend.scan(x_BTD, dt_BTD, self.A_log, parts[1], parts[2], self.D, self.dt_proj.bias, gate_BTD)
-        if cache_params is not None:
-            cache_params.update_recurrent_state(last, self.layer_idx)
+        if cache is not None:
+            spec.roles.updated(self, given, last, place=1)
         return self.out_proj(y_BTD.to(hidden_states.dtype))
 
 

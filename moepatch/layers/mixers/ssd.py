@@ -16,7 +16,7 @@ from torch import Tensor
 from ...kernels.conv import reference_conv
 from ...kind import Kind
 from ...registry import compute
-from ...surgery import Patched
+from ..roles import ByRole, Given, Roles
 from .calls import bench_call, masked, trial_call, whole_sequences
 from .ssd_scan import reference_scan
 
@@ -32,6 +32,7 @@ class SSDSpec:
         state: N, of the state ``[P, N]`` of a head.
         taps: of the convolution.
         limits: what the step size is clamped to.
+        roles: what the arguments of its forward are; None until they are found.
     """
 
     hidden: int
@@ -41,6 +42,7 @@ class SSDSpec:
     state: int
     taps: int
     limits: tuple[float, float]
+    roles: Roles | None = None
 
     @property
     def inner(self) -> int:
@@ -68,7 +70,8 @@ class SSDSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"layout": "mamba2", **vars(self), "limits": [str(limit) for limit in self.limits]}
+        known = {name: value for name, value in vars(self).items() if name != "roles"}
+        return {"layout": "mamba2", **known, "limits": [str(limit) for limit in self.limits]}
 
 
 class SSDWeights(NamedTuple):
@@ -92,24 +95,25 @@ class SSDState:
         return f"{self.spec.describe()}, backend={self.backend}"
 
 
-class PatchedSSD(Patched):
+class PatchedSSD(ByRole):
     """Takes and returns what the family's mixer does; training and prefill are computed by a backend, the rest by the family."""
 
     _moepatch: SSDState
 
-    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+    def computed(self, given: Given):
         """See the class."""
-        if not whole_sequences(self, self.conv1d, cache_params, kwargs):
-            return super().forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        if not whole_sequences(self, self.conv1d, given):
+            return self.as_the_family(given)
+        hidden_states, cache, attention_mask = given.tokens, given.cache, given.mask
         spec = self._moepatch.spec
         zxbcdt = self.in_proj(masked(hidden_states, attention_mask))
-        if cache_params is not None:
+        if cache is not None:
             before_conv = zxbcdt[..., spec.inner : spec.inner + spec.channels].transpose(1, 2)
-            cache_params.update_conv_state(before_conv, self.layer_idx, conv_kernel_size=spec.taps)
+            spec.roles.updated(self, given, before_conv)
         weights = SSDWeights(self.conv1d.weight.squeeze(1), self.conv1d.bias, self.A_log, self.dt_bias, self.D)
-        gate, y, last = compute("ssd", self._moepatch.backend)(zxbcdt, weights, spec, attention_mask, cache_params is not None)
-        if cache_params is not None:
-            cache_params.update_recurrent_state(last, layer_idx=self.layer_idx)
+        gate, y, last = compute("ssd", self._moepatch.backend)(zxbcdt, weights, spec, attention_mask, cache is not None)
+        if cache is not None:
+            spec.roles.updated(self, given, last, place=1)
         return self.out_proj(self.norm(y, gate).to(hidden_states.dtype))
 
 
