@@ -174,7 +174,7 @@ def _cached(subject: Subject, module: nn.Module, forward: Any) -> list[Tensor]:
     """What an empty cache holds after a call."""
     cache = DynamicCache()
     module._moepatch_given = []
-    with torch.no_grad(), trial.torch_formulas():
+    with torch.no_grad(), trial.torch_formulas(module, forward) as forward:
         forward(module.eval(), **{**subject.call.kwargs, "past_key_values": cache})
     return [t for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values)]
 
