@@ -183,8 +183,7 @@ def _of_config(
     config: PreTrainedConfig, where: str, words: str, weights: Weights | None = None, warnings: tuple[str, ...] = ()
 ) -> Inspection:
     model = source.meta_model(config, where)
-    with source.quiet():
-        plan = make_plan(model)
+    plan = make_plan(model)
     return Inspection(
         model_class=type(model).__name__,
         model_type=config.model_type or None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ class _Call:
     names: dict[str, Any]
 
 
-_CALLS: dict[type, tuple[_Call, ...]] = {}
+_CALLS: weakref.WeakKeyDictionary[type, tuple[_Call, ...]] = weakref.WeakKeyDictionary()
 
 
 def _interface_calls(cls: type[nn.Module]) -> tuple[_Call, ...]:
