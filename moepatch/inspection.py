@@ -155,7 +155,7 @@ def backend_rows(device: torch.device | None = None, dtype: torch.dtype = torch.
     if device is None or device.type == "meta":
         device = best_device()
     rows = [
-        BackendRow(table, backend.name, backend.serves, backend.why_not(None, dtype, device))
+        BackendRow(table, backend.name, backend.serves, registry.reason_against(backend, None, dtype, device))
         for table in registry.tables()
         for backend in registry.backends(table)
     ]

@@ -75,8 +75,8 @@ def verify(model: nn.Module, pattern: Pattern) -> Verified:
     module, kind = model.get_submodule(site.fqn), KINDS[site.kind]
     if kind.trial is None:
         return Verified(pattern.name, site.fqn, pattern.backend, (), "not run: it cannot be tried apart from its model")
-    sizes = {} if kind.dense else _affordable(kind, spec)
-    cut = spec.resized(sizes)
+    sizes = {} if kind.dense or kind.widths is None else _affordable(kind, spec)
+    cut = spec.resized(sizes) if sizes else spec
     device, dtype = torch.device(site.device), getattr(torch, site.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     # A backend of a lower precision is compared with the family's own code at that precision.
