@@ -256,8 +256,8 @@ def _load(found: Backend) -> Callable[..., Any]:
         raise
     except Exception as error:  # a factory imports a library, which may fail in any way
         raise BackendUnavailable(f"{what}: {type(error).__name__}: {error}. Choose another one: optimize(model, {found.table}=…).") from error
-    if not callable(made):
-        raise BackendUnavailable(f"{what}: its factory returned {made!r} in the place of a function.")
+    if made is None:
+        raise BackendUnavailable(f"{what}: its factory returned None in the place of what computes.")
     return made
 
 
