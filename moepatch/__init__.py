@@ -21,29 +21,39 @@ from .errors import (
     Problem,
 )
 from .inspection import Inspection, inspect
+from .kind import Kind
 from .parallel.clip import clip_grad_norm_
 from .parallel.load import load_checkpoint
 from .parallel.mesh import make_mesh
 from .planning import Plan
-from .registry import register_backend, register_matcher
+from .registry import register_backend, register_kind, register_matcher
 from .reporting import Report
 from .routing import balanced_routing, hot_routing, record_routing
+from .site import Left, Refusal, Site
+from .surgery import Patched
+from .trial import Call
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "Call",
     "CheckFailed",
     "CheckpointError",
     "Inspection",
+    "Kind",
     "LayoutError",
+    "Left",
     "MoePatchError",
     "NothingMatched",
     "NumericMismatch",
+    "Patched",
     "Plan",
     "PlanMismatch",
     "Problem",
+    "Refusal",
     "Report",
+    "Site",
     "balanced_routing",
     "clip_grad_norm_",
     "hot_routing",
@@ -54,6 +64,7 @@ __all__ = [
     "plan",
     "record_routing",
     "register_backend",
+    "register_kind",
     "register_matcher",
     "report",
     "restore",

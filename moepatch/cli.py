@@ -11,6 +11,8 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +58,21 @@ def moepatch(
     """Patches Hugging Face mixture-of-experts models in place."""
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps off the terminal what libraries warn and log. Only for a command, whose process nobody shares: it is one setting for all threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import logging
+
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+
+
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR|config.json", help="A model's directory or its config.json; nothing is downloaded.")],
@@ -65,8 +82,7 @@ def inspect(
 
     Exit code: 0 it can be patched with every mixture of experts in it, 2 in part, 3 not at all, 1 error.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         from .errors import MoePatchError
         from .inspection import inspect as look
 
@@ -87,8 +103,7 @@ def inspect(
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Say which backends and libraries this machine has, and why the others are missing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         from .inspection import backend_rows
         from .planning import SCHEMA_VERSION
 
@@ -112,8 +127,7 @@ def bench(
 
     Exit code: 0 done, 1 error, 3 there is nothing that moepatch serves.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         from . import source
         from .bench import bench as timed
         from .errors import MoePatchError
@@ -126,12 +140,11 @@ def bench(
         except MoePatchError as error:
             typer.echo(f"moepatch: {error}", err=True)
             raise typer.Exit(1) from None
-        with source.quiet():
-            rows = []
-            for row in timed(found, make_plan(found), best_device(), tokens):
-                rows.append(row)
-                if sys.stderr.isatty():
-                    typer.echo(f"\r\033[K{row.pattern}: {row.stack}", nl=False, err=True)
+        rows = []
+        for row in timed(found, make_plan(found), best_device(), tokens):
+            rows.append(row)
+            if sys.stderr.isatty():
+                typer.echo(f"\r\033[K{row.pattern}: {row.stack}", nl=False, err=True)
         if sys.stderr.isatty():
             typer.echo("\r\033[K", nl=False, err=True)
     if as_json:

@@ -121,7 +121,8 @@ def estimate(model: nn.Module, plan: Plan) -> Estimate:
     sizes = Counter()
     for p in parameters:
         sizes[str(p.dtype).removeprefix("torch.")] += p.numel() * p.element_size()
-    found = [_of_pattern(model, pattern) for pattern in plan.mixture] + list(_of_refusals(model, plan.refusals))
+    # A kind of somebody else's need not say what its experts are: then they are not told apart from the rest of the model.
+    found = [_of_pattern(model, p) if KINDS[p.site.kind].widths is not None else (None, None) for p in plan.mixture] + list(_of_refusals(model, plan.refusals))
     active = [active for _, active in found]
     routed = sum(group.params for group, _ in found if group is not None)
     return Estimate(

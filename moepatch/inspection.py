@@ -157,7 +157,7 @@ def backend_rows(device: torch.device | None = None, dtype: torch.dtype = torch.
     if device is None or device.type == "meta":
         device = best_device()
     rows = [
-        BackendRow(table, backend.name, backend.serves, backend.why_not(None, dtype, device))
+        BackendRow(table, backend.name, backend.serves, registry.reason_against(backend, None, dtype, device))
         for table in registry.tables()
         for backend in registry.backends(table)
     ]
@@ -185,8 +185,7 @@ def _of_config(
     config: PreTrainedConfig, where: str, words: str, weights: Weights | None = None, warnings: tuple[str, ...] = ()
 ) -> Inspection:
     model = source.meta_model(config, where)
-    with source.quiet():
-        plan = make_plan(model)
+    plan = make_plan(model)
     return Inspection(
         model_class=type(model).__name__,
         model_type=config.model_type or None,

@@ -27,7 +27,8 @@ class Kind:
             relative name. `implementation` is what transformers' own switch said at the time of the patch.
         trial: a small random call, from (spec, dtype, device, generator). None: a site cannot be tried on its own.
         computes: from the spec to the part of it that the backend computes.
-        widths: from the spec to H and I, or to the widths of one matrix; for kinds that hold experts.
+        widths: from the spec to H and I, or to the widths of one matrix; for kinds that hold experts. None: its experts are not counted, and not
+            spread over the ranks of a mesh.
         holder: from the spec to the relative name of the module that holds the experts' weights.
         steps: from (module, spec, backend) to what else is done to the model when a site is patched.
         relayout: from the patched module and its spec to steps that move its weights, done when the patch has been verified.

@@ -1,4 +1,4 @@
-"""The table of kinds: every kind of module that moepatch patches."""
+"""Every kind of module that moepatch patches by itself; importing this module puts them into the table of `registry`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from .layers.mlp import MLP
 from .layers.norm import NORM
 from .layers.residual import RESIDUAL
 from .layers.router import ROUTER
+from .registry import KINDS as KINDS
+from .registry import register_kind
 from .trial import Call
 
 _TRIAL_TOKENS = 24
@@ -81,7 +83,7 @@ def _inject_parallel_linear(spec, backend, implementation):
     return {"": (PatchedParallelLinear, ParallelLinearState(spec, backend))}
 
 
-KINDS: dict[str, Kind] = {
+_OWN: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind(
@@ -138,3 +140,6 @@ KINDS: dict[str, Kind] = {
         LINEAR,
     )
 }
+
+for _kind in _OWN.values():
+    register_kind(_kind)

@@ -21,11 +21,14 @@ from .site import Left, Refusal, Site
 
 SCHEMA_VERSION = 1
 
-#: What may be chosen with ``optimize(model, experts="reference")``: a table of backends by name.
-OVERRIDES = tuple(dict.fromkeys(kind.backends for kind in KINDS.values()))
 _BY_CALLER = "chosen by the caller"
 #: How closely the patched model has to follow the family's own rounding.
 NUMERICS = ("exact", "relaxed")
+
+
+def backend_options() -> tuple[str, ...]:
+    """What may be chosen with ``optimize(model, experts="reference")``: the tables of backends of all kinds."""
+    return tuple(dict.fromkeys(kind.backends for kind in KINDS.values()))
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Pattern:
     @property
     def name(self) -> str:
         """Kind and layout, for tables."""
-        return f"{KINDS[self.site.kind].pattern}: {self.site.spec.to_dict()['layout']}"
+        kind, layout = KINDS[self.site.kind], self.site.spec.to_dict().get("layout")
+        return kind.pattern if layout is None else f"{kind.pattern}: {layout}"
 
     @property
     def fqns(self) -> tuple[str, ...]:
@@ -136,8 +140,8 @@ class Plan:
             PlanMismatch: there is no such table, or a backend is chosen where the plan has no module of its table.
         """
         for table in tables:
-            if table not in OVERRIDES:
-                raise PlanMismatch(f"optimize() has no option {table!r}.{_suggest(table, OVERRIDES)} Options are: {', '.join(OVERRIDES)}.")
+            if table not in backend_options():
+                raise PlanMismatch(f"optimize() has no option {table!r}.{_suggest(table, backend_options())} Options are: {', '.join(backend_options())}.")
         patterns = list(self.patterns)
         for table, name in tables.items():
             at = [i for i, p in enumerate(patterns) if KINDS[p.site.kind].backends == table]
@@ -256,7 +260,7 @@ def match(scan: Scan) -> tuple[list[Site], list[Refusal], list[Left]]:
             key = id(found.module)
             if key in answers or not matcher.around and (key in inside or key in holding):
                 continue
-            answer = matcher.match(found, scan, memo)
+            answer = registry.asked(matcher, found, scan, memo)
             if isinstance(answer, Left):
                 near.setdefault(key, answer)
             if answer is None or isinstance(answer, Left):
@@ -281,7 +285,7 @@ def _choose(sites: tuple[Site, ...], numerics: str) -> Pattern:
     # A model on the meta device will run somewhere else: the question is then what this machine could do.
     device = best_device() if device.type == "meta" else device
     spec = kind.computes(site.spec)
-    choices = tuple(Choice(b.name, b.why_not(spec, dtype, device) or _inexact(b, spec, numerics)) for b in registry.backends(kind.backends))
+    choices = tuple(Choice(b.name, registry.reason_against(b, spec, dtype, device) or _inexact(b, spec, numerics)) for b in registry.backends(kind.backends))
     return _best(sites, choices)
 
 

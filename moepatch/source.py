@@ -9,6 +9,7 @@ import copy
 import difflib
 import json
 import struct
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 #: Where transformers lists the classes for a configuration.
 _CAUSAL, _IMAGE_TEXT = "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"
 _OTHERS = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "MODEL_MAPPING")
+
+_BUILDING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def read_config(file: Path) -> tuple[PreTrainedConfig, dict[str, Any]]:
     settings = {k: v for k, v in copy.deepcopy(data).items() if k not in ("attn_implementation", "_attn_implementation", "auto_map")}
     # "auto" asks for the files' own dtype, which is a question for the headers.
     settings = {k: v for k, v in settings.items() if not (k in ("dtype", "torch_dtype") and v == "auto")}
-    with _wrapped(f"{file}: {CONFIG_MAPPING[kind].__name__} refuses it"), quiet():
+    with _wrapped(f"{file}: {CONFIG_MAPPING[kind].__name__} refuses it"):
         return CONFIG_MAPPING[kind].from_dict(settings), data
 
 
@@ -114,7 +117,7 @@ def meta_model(config: PreTrainedConfig, where: str) -> nn.Module:
     config = copy.deepcopy(config)
     nested = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
     dtype = next((c.dtype for c in (config, *nested) if c.dtype in _FLOATS), torch.bfloat16)
-    with _wrapped(f"{where}: {cls.__name__} refuses it"), quiet(), torch.device("meta"):
+    with _wrapped(f"{where}: {cls.__name__} refuses it"), building(), torch.device("meta"):
         return cls._from_config(config, dtype=dtype)
 
 
@@ -223,11 +226,7 @@ def _wrapped(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps what transformers logs about a configuration off the terminal; the level is put back."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
+def building() -> Iterator[None]:
+    """Around the construction of a transformers model: while it lasts transformers replaces torch's init functions, for all threads."""
+    with _BUILDING:
         yield
-    finally:
-        transformers.logging.set_verbosity(level)

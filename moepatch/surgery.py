@@ -6,7 +6,9 @@ output recorders and shared references go on working, and undoing it is putting 
 
 from __future__ import annotations
 
-import functools
+import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,37 +30,68 @@ class Patched:
         return ", ".join(part for part in parts if part)
 
     def __reduce_ex__(self, protocol):
-        # The class was made at run time and cannot be found by name: rebuild it from the two that can.
-        mixin, base = type(self)._moepatch_parts
-        return _rebuild, (mixin, base), self.__getstate__()
+        # The class was made at run time and cannot be found by name: rebuild it from those that can.
+        mixins, base = [], type(self)
+        while "_moepatch_parts" in vars(base):
+            mixin, base = base._moepatch_parts
+            mixins.append(mixin)
+        return _rebuild, (*reversed(mixins), base), self.__getstate__()
 
 
-def _rebuild(mixin: type, base: type) -> nn.Module:
-    cls = patched_class(mixin, base)
+def _rebuild(*parts: type) -> nn.Module:
+    *mixins, cls = parts
+    for mixin in mixins:
+        cls = patched_class(mixin, cls)
     return cls.__new__(cls)
 
 
-@functools.cache
+class MadeClasses:
+    """Classes that were made at run time, each once, for as long as somebody uses it; threads may ask at once.
+
+    A class that was made for another one refers to it, so what keeps either alive would keep both for ever.
+    """
+
+    def __init__(self):
+        self._made: weakref.WeakKeyDictionary[type, weakref.WeakValueDictionary[Any, type]] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()
+
+    def get(self, base: type, key: Any, make: Callable[[], type]) -> type:
+        """The class that was made for `base` under `key`, or what `make` returns."""
+        with self._lock:
+            made = self._made.setdefault(base, weakref.WeakValueDictionary())
+            cls = made.get(key)
+            if cls is None:
+                cls = made[key] = make()
+            return cls
+
+
+_MADE = MadeClasses()
+
+
 def patched_class(mixin: type[Patched], base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` whose behaviour `mixin` overrides; one class for each pair."""
     name = base.__name__ if mixin.keeps_name else f"Patched{base.__name__}"
-    return type(name, (mixin, base), {"__module__": base.__module__, "__qualname__": name, "__doc__": base.__doc__, "_moepatch_parts": (mixin, base)})
+    described = {"__module__": base.__module__, "__qualname__": name, "__doc__": base.__doc__, "_moepatch_parts": (mixin, base)}
+    return _MADE.get(base, mixin, lambda: type(name, (mixin, base), described))
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before it was patched, or its class."""
-    return type(module)._moepatch_parts[1] if isinstance(module, Patched) else type(module)
+    cls = type(module)
+    while issubclass(cls, Patched):
+        cls = cls._moepatch_parts[1]
+    return vars(cls).get("_moepatch_stands_for", cls)
 
 
-@functools.cache
 def _unpatched(cls: type) -> type:
-    """A class without the patch in it. What was put over the patched class since (``fully_shard``, a parametrization) stays."""
+    """A class without the last patch in it. What was put over the patched class since (``fully_shard``, a parametrization) stays."""
     if "_moepatch_parts" in vars(cls):
         return cls._moepatch_parts[1]
-    bases = tuple(_unpatched(base) if issubclass(base, Patched) else base for base in cls.__bases__)
     mixin, base = cls._moepatch_parts
+    bases = tuple(_unpatched(c) if issubclass(c, Patched) else c for c in cls.__bases__)
     name = cls.__name__.replace(patched_class(mixin, base).__name__, base.__name__)
-    return type(name, bases, {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")})
+    body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    return _MADE.get(cls, _unpatched, lambda: type(name, bases, body))
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -73,24 +106,30 @@ class InjectClass:
 
     Attributes:
         module: the module.
-        mixin: what to put over its class.
+        mixin: what to put over its class, which may be a patched one.
         state: becomes ``module._moepatch``.
+        before: the state of the patch underneath.
     """
 
     module: nn.Module
     mixin: type[Patched]
     state: Any
+    before: Any = None
 
     def do(self) -> None:
         """Patches."""
         cls = patched_class(self.mixin, type(self.module))
+        self.before = vars(self.module).get("_moepatch")
         self.module._moepatch = self.state
         self.module.__class__ = cls
 
     def undo(self) -> None:
         """Puts the class back. Parameters, buffers, hooks and flags were never touched."""
         self.module.__class__ = _unpatched(type(self.module))
-        del self.module._moepatch
+        if self.before is None:
+            del self.module._moepatch
+        else:
+            self.module._moepatch = self.before
 
 
 @dataclass
@@ -112,7 +151,7 @@ class ReplaceState:
         """Replaces."""
         self.before = type(self.module), self.module._moepatch
         self.module._moepatch = self.state
-        self.module.__class__ = patched_class(self.mixin, original_class(self.module))
+        self.module.__class__ = patched_class(self.mixin, type(self.module)._moepatch_parts[1])
 
     def undo(self) -> None:
         """Puts the earlier mixin and state back."""

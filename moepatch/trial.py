@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +15,15 @@ from torch.utils._pytree import tree_flatten, tree_map
 from transformers.integrations import hub_kernels
 
 from .errors import in_words
+from .stand_in import StandIns
 from .surgery import InjectClass, Patched, original_class
 
 #: The largest relative error in fp32, of outputs and of every gradient.
 FP32_LIMIT = 1e-5
 #: In low precision: how much worse than the family's own code we may be, both against fp32.
 LOW_PRECISION_FACTOR = 1.5
+#: What transformers' wrapper of a library's function asks: first whether to go round it, then whether to say, once in a process, that it is missing.
+_IN_TORCH = StandIns({(hub_kernels, "is_torchdynamo_exporting"): lambda: True, (hub_kernels, "is_torchdynamo_compiling"): lambda: True})
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
     """
     call = call.trainable()
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    with torch.enable_grad(), torch_formulas():
-        outputs = module.forward(*call.args, **call.kwargs) if forward is None else forward(module, *call.args, **call.kwargs)
+    with torch.enable_grad(), torch_formulas(module, forward) as forward:
+        outputs = forward(module, *call.args, **call.kwargs)
         outputs = [o for o in tree_flatten(outputs)[0] if isinstance(o, Tensor) and o.requires_grad]
         generator = torch.Generator().manual_seed(seed)
         loss = sum((o * _cotangent(o, generator)).sum() for o in outputs)
@@ -104,14 +106,23 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
     return {name: t.detach().to("cpu", torch.promote_types(t.dtype, torch.float32)) for name, t in result.items()}
 
 
-def torch_formulas() -> AbstractContextManager:
-    """While this is entered, families compute in torch what they leave to mamba_ssm, causal_conv1d or flash-linear-attention otherwise.
+@contextmanager
+def torch_formulas(module: nn.Module, forward: Callable[..., Any] | None = None) -> Iterator[Callable[..., Any]]:
+    """While this is entered, a module computes in torch what its family leaves to mamba_ssm, causal_conv1d or flash-linear-attention otherwise.
 
     Those run on a GPU only, and it is the torch formula that defines the family. transformers binds the library's function when a
     family's module is imported, and goes round it for ``torch.export``: all functions that it wraps so ask one function whether they are
-    exported, under a name of their module.
+    exported, under a name of their module. So this module's methods are exchanged for copies that are told so; nobody else's are.
+
+    Args:
+        module: a replica, which nobody else runs meanwhile.
+        forward: called as ``forward(module, ...)``; None: the module's own.
+
+    Returns:
+        What to call, as ``forward(module, ...)``.
     """
-    return mock.patch.object(hub_kernels, "is_torchdynamo_exporting", lambda: True)
+    with _IN_TORCH.within(module, *([] if forward is None else [forward])) as copied:
+        yield copied[0] if copied else lambda module, *args, **kwargs: module.forward(*args, **kwargs)
 
 
 def eager_forward(module: nn.Module) -> Callable[..., Any]:

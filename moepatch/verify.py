@@ -118,8 +118,8 @@ class _Trials:
     def __init__(self, module: nn.Module, pattern: Pattern):
         spec = pattern.site.spec
         self.module, self.backend, self.kind = module, pattern.backend, KINDS[pattern.site.kind]
-        self.sizes = {} if self.kind.dense else _affordable(self.kind, spec)
-        self.spec = spec.resized(self.sizes)
+        self.sizes = {} if self.kind.dense or self.kind.widths is None else _affordable(self.kind, spec)
+        self.spec = spec.resized(self.sizes) if self.sizes else spec
         self.device, self.dtype = torch.device(pattern.site.device), getattr(torch, pattern.site.dtype)
         self.note = f"tried on a part of it: {self.kind.computes(self.spec).describe()}" if self.sizes else ""
         # A backend of a lower precision is compared with the family's own code at that precision.

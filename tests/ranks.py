@@ -21,28 +21,36 @@ class RankError(AssertionError):
     """A rank failed or hung; the message holds every rank's traceback."""
 
 
-def on_ranks(world: int, function, *args, timeout: float = 100) -> list:
+#: Seconds without any work of a process that has work to do: a busy machine gives it some sooner.
+_IDLE = 8
+#: Seconds until nobody waits any longer. Only against hangs.
+_LONGEST = 1200
+
+
+def on_ranks(world: int, function, *args, stuck_after: str | None = None) -> list:
     """Calls ``function(*args)`` on every rank of a gloo group and returns what each returned.
 
+    Args:
+        stuck_after: for functions that are expected to hang: once all ranks have printed this, they are taken to hang when the main thread of
+            none has used the processor for a while, however slow the machine is.
+
     Raises:
-        RankError: a rank raised, died, or was still running after `timeout` seconds; then all are killed, with their stacks in the message.
+        RankError: a rank raised, died, or hung; then all are killed, with their stacks in the message.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [_context.Process(target=_rank, args=(rank, world, folder, function, args), daemon=True) for rank in range(world)]
         for process in processes:
             process.start()
-        end = time.monotonic() + timeout
-        for process in processes:
-            process.join(max(0.1, end - time.monotonic()))
+        _wait(processes, lambda: stuck_after is not None and all(stuck_after in _log(folder, rank) for rank in range(world)))
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGABRT)  # faulthandler writes its stack into its log
-                process.join(5)
+                process.join(60)
             if process.is_alive():
                 process.kill()
-                process.join(10)
-        logs = [Path(folder, f"log-{rank}").read_text() if Path(folder, f"log-{rank}").exists() else "" for rank in range(world)]
+                process.join(60)
+        logs = [_log(folder, rank) for rank in range(world)]
         failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
         if hung or failed:
             report = "\n".join(f"--- rank {rank} ({'hung' if rank in hung else processes[rank].exitcode})\n{log[-6000:]}" for rank, log in enumerate(logs))
@@ -50,6 +58,35 @@ def on_ranks(world: int, function, *args, timeout: float = 100) -> list:
         import torch
 
         return [torch.load(Path(folder, f"result-{rank}"), weights_only=False) for rank in range(world)]
+
+
+def _wait(processes: list, ready) -> None:
+    """Until all have ended, or are stuck after they were ready, or for far longer than anything takes."""
+    end, used, since = time.monotonic() + _LONGEST, None, time.monotonic()
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        if any(process.exitcode not in (None, 0) for process in processes):
+            end = min(end, time.monotonic() + _LONGEST / 4)  # others notice that, or hang
+        for process in processes:
+            process.join(0.1)
+        now = [_ticks(process.pid) for process in processes] if ready() else None
+        if now != used or now is None:
+            used, since = now, time.monotonic()
+        elif time.monotonic() - since > _IDLE:
+            return
+
+
+def _ticks(pid: int) -> int:
+    """The processor time that a process's main thread has used so far; gloo's own threads look around for ever."""
+    try:
+        fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended
+        return -1
+    return int(fields[11]) + int(fields[12])
+
+
+def _log(folder: str, rank: int) -> str:
+    path = Path(folder, f"log-{rank}")
+    return path.read_text() if path.exists() else ""
 
 
 def _rank(rank: int, world: int, folder: str, function, args) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import inspect
 import os
 import pickle
 import subprocess
@@ -21,10 +22,10 @@ import transformers
 import zoo
 from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
 
 import moepatch
 from moepatch.layers.attention import NAMES, attention_function, attention_mask, register
-from moepatch.layers.attention import positions
 from moepatch.layers.attention import sink_kernels as kernels
 from moepatch.layers.attention.exact import plain_attention
 from moepatch.layers.attention.kernel import How
@@ -499,27 +500,40 @@ def interpreted():
         assert compare.error(found, kernels._gradient_reference(grad, wanted, wanted_lse, sinks)) < 1e-5
 
 @pytest.mark.parametrize("case", ["whole", "packed"])
-def test_positions_that_the_model_counts_are_not_looked_at(case, monkeypatch):
+@pytest.mark.parametrize("base", [False, True], ids=["whole-model", "base-model"])
+def test_positions_that_the_model_counts_are_not_looked_at(case, base, monkeypatch):
     """transformers' look at position ids waits for the device, once a step."""
     model, looks = zoo.build("qwen3_moe"), []
     given = inputs(case, model)
-    given.pop("attention_mask", None)
-    truth, _ = step(model, given)
-    look = positions._LOOK
-    monkeypatch.setattr(positions, "_LOOK", lambda position_ids: looks.append(position_ids) or look(position_ids))
+    for name in ("attention_mask", *(("labels",) if base else ())):
+        given.pop(name, None)
+    model = model.model if base else model
+    truth = model(**given)[0]
+    look = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: looks.append(position_ids) or look(position_ids))
     moepatch.optimize(model, measure=False)
-    found, _ = step(model, given)
-    assert len(looks) == (case == "packed")
-    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
+    inner = model if base else model.model
+    assert type(inner).__name__ == "Qwen3MoeModel" and inspect.signature(inner.forward) == inspect.signature(Qwen3MoeModel(inner.config).forward)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        looks.clear()
+        found = twin(**given)[0]
+        assert len(looks) == (case == "packed")
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
     moepatch.restore(model)
-    step(model, given)
+    assert type(inner) is Qwen3MoeModel and "_moepatch" not in vars(inner)
+    model(**given)
     assert len(looks) == 1 + (case == "packed")
-    assert not model.model._forward_pre_hooks and not model.model._forward_hooks
 
 
-def test_a_forward_that_fails_leaves_no_trace():
-    model = zoo.build("qwen3_moe")
+def test_a_forward_or_a_mask_function_that_is_put_there_after_the_patch_is_called(monkeypatch):
+    model, calls = zoo.build("qwen3_moe"), []
+    given = zoo.inputs("qwen3_moe", model)
     moepatch.optimize(model, measure=False)
-    with pytest.raises(IndexError):
-        model(input_ids=torch.full((1, 4), 10**6))
-    assert positions._FORWARDS.open == []
+    model(**given)
+    module = sys.modules[Qwen3MoeModel.__module__]
+    make, forward = module.create_causal_mask, Qwen3MoeModel.forward
+    monkeypatch.setattr(module, "create_causal_mask", lambda *args, **kwargs: calls.append("mask") or make(*args, **kwargs))
+    model(**given)
+    monkeypatch.setattr(Qwen3MoeModel, "forward", lambda self, *args, **kwargs: calls.append("forward") or forward(self, *args, **kwargs))
+    model(**given)
+    assert calls == ["mask", "forward", "mask"]

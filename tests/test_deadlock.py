@@ -52,7 +52,7 @@ def loop_under_fsdp():
 
 def test_the_loop_hangs_under_fsdp():
     with pytest.raises(RankError, match=r"ranks \[\d.*\] hung") as caught:
-        on_ranks(2, loop_under_fsdp, timeout=15)
+        on_ranks(2, loop_under_fsdp, stuck_after="ready to train")
     report = str(caught.value)
     assert report.count("ready to train") == 2, "the ranks were slow, not stuck"
     assert "_fully_shard" in report, "the stacks show where: in a gather of FSDP2"

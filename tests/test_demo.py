@@ -19,7 +19,6 @@ def finetune() -> ModuleType:
     return module
 
 
-@pytest.mark.timeout(120)
 def test_the_demo_goes_from_checkpoint_to_checkpoint(finetune, tmp_path, capsys):
     finetune.main(steps=8, out=tmp_path / "tuned", max_loss=5.5)
     printed = capsys.readouterr().out
@@ -27,7 +26,6 @@ def test_the_demo_goes_from_checkpoint_to_checkpoint(finetune, tmp_path, capsys)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "tuned").iterdir()}
 
 
-@pytest.mark.timeout(120)
 def test_the_demo_fails_in_words(finetune, capsys):
     with pytest.raises(SystemExit, match=r"this did not hold: the loss fell from .* below 0\.1"):
         finetune.main(steps=2, max_loss=0.1)

@@ -301,10 +301,9 @@ def check_layers():
     return done
 
 
-@pytest.mark.timeout(300)
 @needs_triton
 def test_kernels_in_tritons_interpreter():
-    passes_in_the_interpreter(__file__, "24 routes, 3 movements, 3 layers", timeout=280)
+    passes_in_the_interpreter(__file__, "24 routes, 3 movements, 3 layers")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

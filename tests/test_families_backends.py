@@ -11,13 +11,13 @@ import moepatch
 from moepatch import registry
 from moepatch.carrying_out import apply, relayout
 from moepatch.kinds import KINDS
-from moepatch.planning import OVERRIDES
+from moepatch.planning import backend_options
 from moepatch.surgery import Journal
 
 
 def rounds(made):
     """Plans that together use every available backend of every table: the i-th takes the i-th of each. The plan as it was made is left out."""
-    served = {table: backends(made, table) for table in OVERRIDES}
+    served = {table: backends(made, table) for table in backend_options()}
     for i in range(max(map(len, served.values()))):
         chosen = made.with_backends(**{table: names[i % len(names)] for table, names in served.items() if names})
         if [p.backend for p in chosen.patterns] != [p.backend for p in made.patterns]:
@@ -52,4 +52,4 @@ def test_every_backend_computes_what_the_family_does(name):
         compare.check_fp32(truth, found, lambda chosen=chosen: compare.noise(name, model, chosen, truth[1]))
         used |= {(KINDS[p.site.kind].backends, p.backend) for p in chosen.patterns}
     default = {(KINDS[p.site.kind].backends, p.backend) for p in made.patterns}
-    assert used | default >= {(table, backend) for table in OVERRIDES for backend in backends(made, table)}
+    assert used | default >= {(table, backend) for table in backend_options() for backend in backends(made, table)}

@@ -314,7 +314,7 @@ def test_a_wrong_command_line_is_an_error(monkeypatch, capsys):
 def test_a_real_process(folder):
     files = {"model.safetensors": header({"w": ("BF16", 64)})}
     done = subprocess.run(
-        [sys.executable, "-m", "moepatch", "inspect", folder(files=files), "--json"], capture_output=True, text=True, timeout=100
+        [sys.executable, "-m", "moepatch", "inspect", folder(files=files), "--json"], capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0 and done.stderr == ""
     assert json.loads(done.stdout)["weights"]["tensors"] == 1
@@ -333,7 +333,7 @@ def test_the_command_line_itself_imports_nothing_heavy():
             pass
         assert not {"torch", "transformers"} & set(sys.modules)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), Path(cli.__file__).parent], check=True, timeout=60, stdout=subprocess.PIPE)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), Path(cli.__file__).parent], check=True, timeout=1500, stdout=subprocess.PIPE)
 
 
 def test_version():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moepatch import LayoutError
@@ -12,7 +12,7 @@ from moepatch.layout.experts import flat_layout, fused_layout
 from moepatch.layout.ops import Concat, Deinterleave, Flatten, Interleave, Split, Stack, Transpose, Unflatten, Unstack, apply_chain, invert
 
 # How long an example takes says how busy the machine is.
-settings.register_profile("patient", deadline=None)
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 SIZES = st.integers(1, 7)

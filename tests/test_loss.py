@@ -837,7 +837,7 @@ def check_kernels():
 
 @needs_triton
 def test_kernels_in_tritons_interpreter():
-    passes_in_the_interpreter(__file__, "160 cases equal", timeout=110)
+    passes_in_the_interpreter(__file__, "160 cases equal")
 
 
 if __name__ == "__main__":

@@ -412,7 +412,7 @@ def check_row_limit() -> None:
 
 @needs_triton
 def test_kernels_in_tritons_interpreter():
-    passes_in_the_interpreter(__file__, "84 cases equal", timeout=110)
+    passes_in_the_interpreter(__file__, "84 cases equal")
 
 
 if __name__ == "__main__":

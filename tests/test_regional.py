@@ -104,7 +104,6 @@ def test_copies_and_pickles_are_not_compiled():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.timeout(300)
 def test_inductor_with_its_options():
     model, x = Stack(Layer()), torch.randn(2, 4)
     wanted = model(x).detach()
@@ -177,8 +176,7 @@ def compiled_under_fsdp():
     return layer_graphs(journal.steps)[0].to_dict()
 
 
-@pytest.mark.timeout(300)
 def test_compiled_layers_under_fsdp2():
     """Hooks and dispatch break graphs; the numbers stay those of the sharded model."""
-    for found in on_ranks(2, compiled_under_fsdp, timeout=280):
+    for found in on_ranks(2, compiled_under_fsdp):
         assert found["layers"] == 1 and found["graphs"] > 0

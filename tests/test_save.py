@@ -157,13 +157,12 @@ def _save_and_hang_after_the_first_shard(source, out, ready):
     def slow(*args, **kwargs):
         save(*args, **kwargs)
         ready.set()
-        time.sleep(60)
+        time.sleep(3600)
 
     modeling.safe_save_file = slow
     model.save_pretrained(out, max_shard_size="60KB")
 
 
-@pytest.mark.timeout(90)
 def test_a_process_killed_between_two_shards_leaves_the_old_checkpoint_whole(qwen3, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     qwen3.save_pretrained(source)
@@ -173,9 +172,9 @@ def test_a_process_killed_between_two_shards_leaves_the_old_checkpoint_whole(qwe
     ready = context.Event()
     process = context.Process(target=_save_and_hang_after_the_first_shard, args=(source, out, ready))
     process.start()
-    assert ready.wait(60), "the child never wrote a shard"
+    assert ready.wait(1500), "the child never wrote a shard"
     os.kill(process.pid, signal.SIGKILL)
-    process.join(30)
+    process.join(1500)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
     AutoModelForCausalLM.from_pretrained(out)
     left = [path for path in tmp_path.iterdir() if "moepatch" in path.name]

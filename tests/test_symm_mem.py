@@ -316,7 +316,7 @@ def check_kernels():
 
 @needs_triton
 def test_kernels_in_tritons_interpreter():
-    passes_in_the_interpreter(__file__, "40 cases equal", timeout=110)
+    passes_in_the_interpreter(__file__, "40 cases equal")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,8 @@ def roles_of(model: nn.Module, inputs: _Inputs) -> Roles | str:
     def run(values: dict[str, Any]) -> None:
         model._moepatch_given, model._moepatch_attempt = [], True
         try:
-            trial.eager_forward(model)(model.eval(), **values, **({EXTRA: extra} if takes_others(model) else {}))
+            with trial.torch_formulas(model, trial.eager_forward(model)) as forward:
+                forward(model.eval(), **values, **({EXTRA: extra} if takes_others(model) else {}))
         finally:
             model._moepatch_attempt = False
 
@@ -206,7 +207,7 @@ def _run(module: nn.Module, roles: Roles, call: Call, forward: Any) -> tuple[dic
     module._moepatch_given, module._moepatch_attempt = [], False
     results = trial.run(module.train(), call, forward=forward)
     forward = type(module).forward if forward is None else forward
-    with torch.no_grad(), trial.torch_formulas():
+    with torch.no_grad(), trial.torch_formulas(module, forward) as forward:
         forward(module, **{**call.kwargs, roles.tokens: call.kwargs[roles.tokens] * _LOUD})
         kwargs, cache = dict(call.kwargs), RecordingCache()
         if roles.cache is not None:

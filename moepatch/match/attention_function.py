@@ -11,6 +11,7 @@ import ast
 import functools
 import inspect
 import textwrap
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class _Call:
     names: dict[str, Any]
 
 
-_CALLS: dict[type, tuple[_Call, ...]] = {}
+_CALLS: weakref.WeakKeyDictionary[type, tuple[_Call, ...]] = weakref.WeakKeyDictionary()
 
 
 def _interface_calls(cls: type[nn.Module]) -> tuple[_Call, ...]:

@@ -169,6 +169,6 @@ def _cached(subject: Subject, module: nn.Module, forward: Any) -> list[Any]:
 
     cache.update = listening
     module._moepatch_given = []
-    with torch.no_grad(), trial.torch_formulas():
+    with torch.no_grad(), trial.torch_formulas(module, forward) as forward:
         forward(module.eval(), **{**subject.call.kwargs, subject.roles.cache: cache})
     return [told, module._moepatch_given, [t for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values)]]

@@ -119,7 +119,8 @@ def _roles(module: nn.Module, spec: Any, sizes: dict[int, int]) -> Roles | str:
         return torch.randn(_BATCH, _SEQUENCE, spec.hidden, generator=generator)
 
     def run(values: dict[str, Any]) -> None:
-        trial.eager_forward(model)(model.eval(), **values)
+        with trial.torch_formulas(model, trial.eager_forward(model)) as forward:
+            forward(model.eval(), **values)
 
     found = attempt(model, tokens, lambda name: StandIn(name, cache=_Cache()), [_mask], run)
     if isinstance(found, str):
@@ -161,7 +162,7 @@ def _other_misfit(module: nn.Module, kind: str, spec: Any, sizes: dict[int, int]
     try:
         for copy, forward in ((original, trial.eager_forward(original)), (twin, type(twin).forward)):
             cache = _Cache()
-            with torch.no_grad(), trial.torch_formulas():
+            with torch.no_grad(), trial.torch_formulas(copy, forward) as forward:
                 records.append([forward(copy, x, **masked), forward(copy, x, **masked, **{spec.roles.cache: cache}), cache.given])
     except Exception as error:  # a family may ask more of a cache
         return f"a scale model of it cannot be run ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"

@@ -21,7 +21,7 @@ from ..replica import random_fill, replica
 #: Numbers of a tensor that are compared one by one.
 _FEW = 4096
 #: Where a limit shows that no attribute tells.
-_FAR = torch.tensor([-1000.0, -100, 0, 1, 100, 1000])
+_FAR = (-1000.0, -100.0, 0.0, 1.0, 100.0, 1000.0)
 
 
 def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | None:
@@ -58,7 +58,7 @@ def recognise(gate: Callable[[Tensor], Tensor], layout: ExpertsLayout, numbers: 
     line = torch.linspace(-reach, reach, 241)
     pairs = torch.cat([
         torch.randn(256, 2, generator=generator) * 3, torch.cartesian_prod(line[::8], line[::8]), torch.stack([line, line.flip(0)], -1),
-        torch.cartesian_prod(_FAR, _FAR),
+        torch.tensor([*itertools.product(_FAR, _FAR)]),
     ])  # fmt: skip
     gated = layout.gate_form != "none"
     # [R, 2] is a canonical pre-activation of width I = 1; without a gate only the first column is used.

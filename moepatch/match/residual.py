@@ -7,7 +7,6 @@ argument that a child gets. Residual multipliers, norms after a branch, parallel
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,11 +22,12 @@ from ..registry import register_matcher
 from ..replica import random_fill, replica
 from ..scan import Found, Scan
 from ..site import Refusal, Site
-from ..surgery import original_class
+from ..surgery import MadeClasses, original_class
 from .experts import make_site
 from .norm import read_norm
 from .probe import fingerprint
 
+_POSING = MadeClasses()
 _SHAPE = (3, 4)  # no branch can be unpacked into two by mistake
 _EXTRA = "moepatch_extra"  # a keyword that no layer has a name for
 _PLAIN = (type(None), bool, int, float, str)
@@ -89,10 +89,9 @@ class _Child(nn.Module):
         return y if self.form == "tensor" else (y, x.exp())
 
 
-@functools.cache
 def _posing_as(cls: type[nn.Module]) -> type[_Child]:
     """`_Child` as a subclass of what it stands for: layers may ask for the class of a child before they call it."""
-    return type(f"StandIn{cls.__name__}", (_Child, cls), {})
+    return _POSING.get(cls, None, lambda: type(f"StandIn{cls.__name__}", (_Child, cls), {}))
 
 
 def _stand_in(layer: nn.Module, norms: dict[str, NormSpec], form: dict[str, str] | str, written: list[_Written]) -> nn.Module:

@@ -200,7 +200,7 @@ def attempt(
 def _settled(values: dict[str, Any], tokens: str, tensors: Sequence[Callable[[], Any]], run: Callable[[dict], Any]) -> Attempt | str:
     values, error = _fresh(values), None
     try:
-        with torch.no_grad(), trial.torch_formulas():
+        with torch.no_grad():
             run(values)
     except Exception as caught:  # a family's code may fail in any way on what is not its own
         error = caught
@@ -269,7 +269,7 @@ def _followed(model: nn.Module, found: Attempt, run: Callable[[dict], Any], wher
         again = _fresh(found.values)
         setattr(model, attribute, _ELSEWHERE)
         try:
-            with torch.no_grad(), trial.torch_formulas():
+            with torch.no_grad():
                 run(again)
             _, _, args, kwargs = again[cache].moepatch_cache.given[call]
             follows = [*args, *kwargs.values()][place] == _ELSEWHERE

@@ -202,7 +202,7 @@ def choose_dispatch(plan: Plan, mesh: DeviceMesh, asked: str | Callable[[dist.Pr
 
 def _why_not(candidate: registry.Backend, spec, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> str | None:
     """Why a dispatcher does not serve a layer here: by what it says of layers, or because it refuses the group."""
-    reason = candidate.why_not(spec, dtype, device)
+    reason = registry.reason_against(candidate, spec, dtype, device)
     if reason is not None:
         return reason
     try:
@@ -221,6 +221,8 @@ def why_whole(site: Site) -> str | None:
     """Why the experts of a site stay together, or None."""
     if site.kind == "parallel_linear":
         return "they are called with rows that the family has sorted already"
+    if KINDS[site.kind].widths is None:
+        return f"nothing says how those of the kind {site.kind!r} are split"
     spec = KINDS[site.kind].computes(site.spec)
     if spec.identity_experts:
         return "some of its experts are the identity and have no weights to split"

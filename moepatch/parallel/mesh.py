@@ -6,6 +6,7 @@ together; experts are split over ``ep`` and, where there is more than one, shard
 
 from __future__ import annotations
 
+import threading
 import warnings
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import MoePatchError
 
+#: Filters of warnings are one list for all threads: two that put them back in turn would leave one of their own.
+_SLICING = threading.Lock()
 DIMS = ("dp_replicate", "dp_shard", "ep")
 
 
@@ -93,7 +96,7 @@ def resolve(mesh: DeviceMesh) -> Meshes:
         mesh["dp_shard", "ep"]._flatten(dense_shard)
     # FSDP shards over the last dim it is given. Without dp_shard that is the replicas: the same numbers, less memory, one gather more.
     experts = [*replicate, *(["dp_shard"] if "dp_shard" in sizes and (sizes["dp_shard"] > 1 or replicate) else [])]
-    with warnings.catch_warnings():
+    with _SLICING, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch announces a change of how flattened dims are named
         dense = mesh[(*replicate, dense_shard)] if replicate else mesh[dense_shard]
         part = mesh[tuple(experts)] if len(experts) > 1 else mesh[experts[0]] if experts else None

@@ -15,19 +15,22 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
+from ..source import building
 from ..surgery import Patched
 
 
 def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A fresh model of the unpatched class, on the meta device."""
+    """A fresh model of the unpatched class, on the meta device; its tensors have the model's dtypes."""
     cls = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, (FSDPModule, Patched)))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(model.dtype)
-    try:
-        with torch.device("meta"):
-            return cls(copy.deepcopy(model.config))
-    finally:
-        torch.set_default_dtype(before)
+    with building(), torch.device("meta"):
+        twin = cls(copy.deepcopy(model.config))
+    # The default dtype, which would do the same, is one for all threads.
+    known = {name: t.dtype for name, t in (*model.named_parameters(), *model.named_buffers())}
+    for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+        dtype = known.get(name, model.dtype)
+        if tensor.is_floating_point() and dtype.is_floating_point:
+            tensor.data = tensor.data.to(dtype)
+    return twin
 
 
 def knows_conversions(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from . import positions
 from .function import CHAINS, attention_function
 from .masks import attention_mask
 
@@ -15,7 +14,6 @@ NAMES = {backend: f"moepatch_{backend}" for backend in CHAINS}
 
 def register() -> None:
     """Adds the names to transformers' two registries, functions and masks. Entries of others are left as they are."""
-    positions.register()
     for backend, name in NAMES.items():
         if name not in AttentionInterface._global_mapping:
             AttentionInterface.register(name, attention_function(backend))

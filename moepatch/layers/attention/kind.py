@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...kind import Kind
+from ...surgery import InjectClass
 from ...trial import Call
 from . import NAMES, register
 from .function import attention_function
 from .masks import Mask
-from .positions import WatchPositions
+from .positions import CountedPositions
 from .spec import CAUSAL, AttentionSpec, AttentionUse
 
 # An unpickled model finds its functions without `optimize`.
@@ -120,7 +121,7 @@ ATTENTION_FUNCTION = Kind(
     name="attention_function",
     pattern="attention function",
     backends="attention",
-    steps=lambda module, spec, backend: (SetImplementation(module.config, NAMES[backend]), WatchPositions(module)),
+    steps=lambda module, spec, backend: (SetImplementation(module.config, NAMES[backend]), InjectClass(module, CountedPositions, "positions")),
     stand_in=AttentionCalls,
     trial=trial,
     bench=bench,

@@ -2,76 +2,52 @@
 
 To find packed sequences, transformers looks on the device whether position ids restart, and the host waits for everything that is queued
 there: once a step, which keeps it from running ahead. A model that is given no position ids counts them itself, from one end to the other,
-and there the answer is known. Hooks on the model say which forward passes those are; position ids that a caller gives are looked at as before.
+and there the answer is known: such a call runs a copy of the model's forward that does not look. Position ids that a caller gives are looked
+at as before.
 """
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field
+import functools
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformers import masking_utils as hf
 
-
-class _Forwards(threading.local):
-    """The forward passes that this thread is in, the innermost last: the model, and whether it counts the positions itself."""
-
-    def __init__(self):
-        self.open: list[tuple[nn.Module, bool]] = []
+from ...stand_in import StandIns
+from ...surgery import Patched
 
 
-_FORWARDS = _Forwards()
-_LOOK = hf.find_packed_sequence_indices
+def _no_borders(position_ids: Tensor) -> None:
+    """In the place of transformers' function where the positions were counted from one end to the other."""
 
 
-def find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
-    """In the place of transformers' function of this name: None at once inside a forward pass whose positions the model has counted."""
-    if not torch.compiler.is_compiling() and _FORWARDS.open and _FORWARDS.open[-1][1]:
-        return None
-    return _LOOK(position_ids)
+_COUNTED = StandIns({(hf, "find_packed_sequence_indices"): _no_borders})
 
 
-def register() -> None:
-    """Puts the function above in the place of transformers'. For models without `WatchPositions` nothing changes."""
-    hf.find_packed_sequence_indices = find_packed_sequence_indices
+class CountedPositions(Patched):
+    """A model that asks for attention masks. Its class keeps its name, its forward its signature."""
+
+    keeps_name = True
+    _moepatch: str
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "_moepatch_parts" in vars(cls) and issubclass(cls._moepatch_parts[0], CountedPositions):
+            cls.forward = _counting(cls._moepatch_parts[1].forward)
 
 
-@dataclass
-class WatchPositions:
-    """The step that puts the hooks on a model.
+def _counting(forward):
+    memory: dict[Any, Any] = {}  # goes with the class
 
-    Attributes:
-        model: calls transformers' mask functions.
-        hooks: while they are on.
-    """
-
-    model: nn.Module
-    hooks: list[RemovableHandle] = field(default_factory=list)
-
-    def do(self) -> None:
-        """Puts them on."""
-        self.hooks = [
-            self.model.register_forward_pre_hook(_enter, with_kwargs=True),
-            self.model.register_forward_hook(_leave, always_call=True),
-        ]
-
-    def undo(self) -> None:
-        """Takes them off."""
-        while self.hooks:
-            self.hooks.pop().remove()
-
-
-def _enter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if not torch.compiler.is_compiling():
+    @functools.wraps(forward)
+    def counted(self, *args, **kwargs):
+        forward = super(CountedPositions, self).forward  # as it is now: somebody may have given the class another one
         # Given by position they would be seen nowhere else: such a call is looked at as before.
-        _FORWARDS.open.append((model, len(args) < 2 and kwargs.get("position_ids") is None))
+        if torch.compiler.is_compiling() or len(args) > 1 or kwargs.get("position_ids") is not None or not inspect.ismethod(forward):
+            return forward(*args, **kwargs)
+        return _COUNTED.remembered(forward.__func__, memory)(self, *args, **kwargs)
 
-
-def _leave(model: nn.Module, args: tuple, output: Any) -> None:
-    # A hook that failed before ours has kept it from being entered.
-    if not torch.compiler.is_compiling() and _FORWARDS.open and _FORWARDS.open[-1][0] is model:
-        _FORWARDS.open.pop()
+    return counted
