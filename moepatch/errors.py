@@ -38,7 +38,7 @@ class Problem:
     """One reason why a model must not be changed.
 
     Attributes:
-        code: short and stable, for programs: ``wrapped``, ``quantized``, ``offloaded``, ``compiled``, ``patched``, ``optimizer``, ``mesh``.
+        code: short and stable, for programs: ``wrapped``, ``quantized``, ``offloaded``, ``compiled``, ``patched``, ``optimizer``, ``mesh``, ``torch``.
         where: the module's name, or ``model``.
         message: what is wrong, with the numbers.
         hint: what to do instead.
