@@ -62,14 +62,12 @@ def _mesh(model: nn.Module, mesh: DeviceMesh | None) -> Iterator[Problem]:
     if reason is not None:
         yield Problem("mesh", "mesh", reason, "moepatch.make_mesh(ep=…) makes the usual one.")
         return
-    lacking = fsdp2.why_not(mesh["ep"])
-    if lacking is not None:
-        yield Problem("torch", "mesh", lacking, "Install one of these versions, or optimize without a mesh.")
-        return
     devices = {p.device.type for p in model.parameters()} - {"meta"}
     if devices and devices != {mesh.device_type}:
         text = f"the model is on {', '.join(sorted(devices))} and the mesh is for {mesh.device_type}."
         yield Problem("mesh", "mesh", text, f"Move the model first: model.to({mesh.device_type!r}).")
+    elif (lacking := fsdp2.why_not(mesh["ep"])) is not None:
+        yield Problem("torch", "mesh", lacking, "Install one of these versions, or optimize without a mesh.")
 
 
 def _divisible(plan: Plan, mesh: DeviceMesh | None) -> Iterator[Problem]:

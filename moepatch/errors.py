@@ -45,7 +45,7 @@ class Problem:
 
     Attributes:
         code: short and stable, for programs: ``wrapped``, ``quantized``, ``offloaded``, ``compiled``, ``patched``, ``optimizer``, ``mesh``,
-            ``fake``, ``inference``.
+            ``torch``, ``fake``, ``inference``.
         where: the module's name, or ``model``.
         message: what is wrong, with the numbers.
         hint: what to do instead.
