@@ -125,4 +125,5 @@ ATTENTION_FUNCTION = Kind(
     trial=trial,
     bench=bench,
     dense=True,
+    only_itself=True,
 )
