@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from . import registry
 from .errors import BackendUnavailable, PlanMismatch
@@ -285,10 +286,11 @@ def match(scan: Scan, asked: Collection[str] = ()) -> tuple[list[Site], list[Ref
     near: dict[int, Left] = {}
     inside: set[int] = set()
     holding: set[int] = set()
+    hollow = _hollow(scan)
     for matcher in registry.matchers():
         for found in scan:
             key = id(found.module)
-            if key in answers or not matcher.around and (key in inside or key in holding):
+            if key in answers or key in hollow or not matcher.around and (key in inside or key in holding):
                 continue
             answer = matcher.match(found, scan, memo)
             if isinstance(answer, Left) and wanted(answer.kind):
@@ -306,6 +308,14 @@ def match(scan: Scan, asked: Collection[str] = ()) -> tuple[list[Site], list[Ref
     alone = tuple(f"{fqn}." for refusal in refusals for fqn in refusal.fqns)
     sites = [a for a in in_order if isinstance(a, Site) and not (KINDS[a.kind].dense and f"{a.fqn}.".startswith(alone))]
     return sites, refusals, near_misses(scan, sites, refusals, [n for key, n in near.items() if key not in answers and not _refused(n, refusals)])
+
+
+def _hollow(scan: Scan) -> set[int]:
+    """The ids of modules with a weight of no numbers somewhere: nothing can be found out by trying them. Models are not tried."""
+    empty = [found for found in scan if any(p is not None and p.numel() == 0 for p in found.module._parameters.values())]
+    models = {id(found.module) for found in scan if isinstance(found.module, PreTrainedModel)}
+    ids = {id(found.module) for found in empty}.union(*map(scan.above, empty))
+    return ids - models
 
 
 def _refused(near: Left, refusals: list[Refusal]) -> bool:

@@ -96,7 +96,7 @@ class Work:
         keys = {(site.kind, site.fqn) for site in patched}
         done = [part for part in self.parts if not keys.isdisjoint(part.sites)]
         sums = (sum(p.flops for p in self.parts), sum(p.flops for p in done), sum(p.modules for p in self.parts), sum(p.modules for p in done))
-        return Share(*sums, self.exact)
+        return Share(*sums, self.exact or not done)
 
 
 def work_of(scan: Scan, sites: list[Site], refusals: list[Refusal], left: list[Left]) -> Work:
@@ -156,7 +156,7 @@ def _routed(model: nn.Module, sites: list[Site], refusals: list[Refusal]) -> tup
             exact = False
             continue
         listed = isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        shares |= {id(p): min(chosen, counted[1]) / counted[1] for p in module.parameters() if listed or p.ndim >= 3}
+        shares |= {id(p): min(chosen, counted[1]) / max(1, counted[1]) for p in module.parameters() if listed or p.ndim >= 3}
     return shares, exact
 
 

@@ -27,7 +27,7 @@ from .suspects import is_list
 def match_mlp(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
     """See the module's docstring. Elements of a list of experts are no MLPs of their own."""
     module = found.module
-    if any(is_list(scan.of(parent)) for parent, _ in found.parents):
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or any(is_list(scan.of(parent)) for parent, _ in found.parents):
         return None
     reading = _why_no_form(module)
     if reading is None:

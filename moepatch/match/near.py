@@ -29,10 +29,11 @@ _ATTRIBUTES = {
     "router": re.compile(r"^(router|gate|gating|wg)$"),
     "norm": re.compile(r"norm|^ln(_|\d|$)|_ln$", re.IGNORECASE),
     "mixer": re.compile(r"^(mixer|mamba|ssm|linear_attn)$"),
-    "attention": re.compile(r"attn|attention", re.IGNORECASE),
+    "attention": re.compile(r"(attn|attention)\d*$", re.IGNORECASE),
     "mlp": re.compile(r"^(mlp|ffn|feed_?forward|shared_experts?|shared_mlp)$"),
 }
 _HEADS = re.compile(r"^(lm_head|embed_out)$")
+_LINEAR = re.compile(r"Linear(_\w+)?$|Linear\d|Conv1D$")
 _LAYER = re.compile(r"(Layer|Block)(V?\d+)?$")
 #: Names of children that only modules of a kind have.
 _ATTENTION_CHILDREN = (
@@ -46,7 +47,7 @@ _MLP_CHILDREN = (
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 #: What a near miss of each sort is not looked for in: a module that holds one of these is their holder, not one of them.
 _HOLDS = {
-    "attention": {"attention"}, "mixer": {"attention", "mixer", "mlp", "mixture"}, "router": {"router"}, "norm": {"norm"},
+    "attention": {"attention"}, "mixer": {"attention", "mixer", "mlp", "mixture"}, "router": {"router"}, "norm": {"attention", "mixer", "mixture"},
     "mlp": {"attention", "mixer", "mlp", "router", "mixture"}, "head": set(), "mixture": {"mixture"},
 }  # fmt: skip
 _SORTS = {
@@ -61,6 +62,12 @@ _WORDS = {"attention": "attention", "mixer": "mixer", "mlp": "MLP", "norm": "nor
 def named(found: Found, sort: str) -> bool:
     """Whether the class or the attribute of a module is called as modules of a sort (a key of `_CLASSES`) are."""
     return bool(_CLASSES[sort].search(type(found.module).__name__) or _ATTRIBUTES[sort].search(found.fqn.rpartition(".")[2]))
+
+
+def class_name(module: nn.Module) -> str:
+    """The class of a module, without adapters around it."""
+    inner = getattr(module, "base_layer", None)
+    return class_name(inner) if isinstance(inner, nn.Module) else type(module).__name__
 
 
 def in_the_way(module: nn.Module) -> str | None:
@@ -82,6 +89,8 @@ def in_the_way(module: nn.Module) -> str | None:
     for name, p in module.named_parameters():
         if p.dtype not in _FLOATS:
             return f"{name} is {str(p.dtype).removeprefix('torch.')}"
+        if p.numel() == 0:
+            return f"{name} holds no numbers (its shape is {list(p.shape)})"
         if type(p) is not nn.Parameter:
             return f"{name} is a {type(p).__name__}, not a plain parameter"
     return None
@@ -89,9 +98,9 @@ def in_the_way(module: nn.Module) -> str | None:
 
 def _linear_like(module: nn.Module) -> bool:
     """A layer that stands where a linear layer does, and is something else."""
-    if type(module) is nn.Linear or isinstance(module, nn.modules.conv._ConvNd):
+    if type(module) is nn.Linear or type(module).__module__.startswith("torch.nn."):
         return False
-    return isinstance(module, nn.Linear) or bool(re.search(r"Linear|Conv1D$", type(module).__name__)) and any(True for _ in module.parameters(recurse=False))
+    return isinstance(module, nn.Linear) or bool(_LINEAR.search(type(module).__name__)) and next(module.parameters(), None) is not None
 
 
 def covered(scan: Scan, sites: Iterable[Site], refusals: Iterable[Refusal] = ()) -> set[int]:
@@ -115,13 +124,19 @@ def near_misses(scan: Scan, sites: list[Site], refusals: list[Refusal], left: li
     A module inside one that is mentioned, patched or refused is not mentioned itself.
     """
     done = covered(scan, sites, refusals)
-    own = {id(scan.model.get_submodule(n.fqn)): n for n in left}
-    noted = {key: n for key, n in own.items() if key not in done}
     holders: dict[str, set[int]] = {sort: set() for sort in _HOLDS}
-    for answer in (*sites, *refusals, *noted.values()):
-        sort = "mixture" if isinstance(answer, Refusal) else _SORTS.get(answer.kind)
-        if sort is not None:
-            holders[sort] |= scan.above(scan.of(scan.model.get_submodule(answer.fqn)))
+
+    def hold(answers: Iterable[Site | Refusal | Left]) -> None:
+        for answer in answers:
+            sort = "mixture" if isinstance(answer, Refusal) else _SORTS.get(answer.kind)
+            if sort is not None:
+                holders[sort] |= scan.above(scan.of(scan.model.get_submodule(answer.fqn)))
+
+    hold((*sites, *refusals))
+    own = {id(scan.model.get_submodule(n.fqn)): n for n in left}
+    # What a matcher nearly took may be a shell around what it took: an adapter around a router.
+    noted = {key: n for key, n in own.items() if key not in done and key not in holders.get(_SORTS.get(n.kind), ())}
+    hold(noted.values())
     for found in reversed(scan.found):
         key = id(found.module)
         if key in done or key in noted or not found.fqn or isinstance(found.module, Patched):
@@ -129,7 +144,7 @@ def near_misses(scan: Scan, sites: list[Site], refusals: list[Refusal], left: li
         sort = _sort(found, scan)
         if sort is None or any(key in holders[other] for other in _HOLDS[sort]):
             continue
-        noted[key] = Left(kind=_kind(sort, found.module), fqns=found.fqns, class_name=type(found.module).__name__, reason=_reason(sort, found))
+        noted[key] = Left(kind=_kind(sort, found.module), fqns=found.fqns, class_name=class_name(found.module), reason=_reason(sort, found))
         holders[sort] |= scan.above(found)
     noted |= _layers(scan, sites, noted, holders, done)
     outer = {key for key, n in noted.items() if not (n.kind in KINDS and KINDS[n.kind].only_itself)}
@@ -165,7 +180,7 @@ def _has_weights(sort: str, found: Found, scan: Scan) -> bool:
     module = found.module
     matrices = sum(p.ndim >= 2 for p in module.parameters())
     if sort == "norm":
-        return _vectors(module)
+        return _vectors(module) or bool(module._modules) and type(module).__name__.endswith("Norm")
     if sort == "router":
         return matrices > 0 and (type(module) is not nn.Linear or _chooses(found, scan))
     if sort == "mlp":
@@ -190,7 +205,7 @@ def _calls_attention(module: nn.Module) -> bool:
 def _chooses(found: Found, scan: Scan) -> bool:
     """A plain linear layer with as many outputs as there are experts beside it."""
     for parent, _ in found.parents:
-        for sibling in parent.modules():
+        for sibling in (m for m in parent.modules() if m is not parent):
             stacked = {p.shape[0] for p in sibling.parameters(recurse=False) if p.ndim == 3}
             listed = {len(sibling)} if isinstance(sibling, (nn.ModuleList, nn.ModuleDict)) else set()
             if found.module.out_features in stacked | listed and found.module.out_features > 1:
