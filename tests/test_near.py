@@ -356,11 +356,18 @@ def test_texts_stay_short_and_narrow(family, monkeypatch):
     if zoo.available(family) is not None:
         pytest.skip(zoo.available(family))
     inspection = moepatch.inspect(zoo.config(family))
-    for width, most in ((120, 90), (80, 130)):
+    for width, most in ((120, 85), (80, 125)):
         monkeypatch.setenv("COLUMNS", str(width))
         for view in (inspection, inspection.plan):
             lines = str(view).splitlines()
             assert max(map(len, lines)) <= width and len(lines) <= most
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h"])
+def test_the_text_of_a_usual_model_fits_a_screen(family, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    report = moepatch.report(moepatch.optimize(zoo.build(family)))
+    assert max(len(str(view).splitlines()) for view in (report, moepatch.inspect(zoo.config(family)))) <= 60
 
 
 def test_control_characters_go_nowhere(qwen3):

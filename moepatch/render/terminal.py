@@ -183,19 +183,10 @@ def _patterns(plan: Plan, before: str, after: str) -> list[RenderableType]:
 def _modules(patterns: tuple[Pattern, ...]) -> list[RenderableType]:
     """Where the modules of each pattern are; with their sizes where there are several patterns, which may share a name."""
     lines: list[RenderableType] = [Text("modules", "bold")]
-    several = len(patterns) > 1
     for pattern in patterns:
-        label = _Line([(pattern.name, "dim"), (pattern.site.spec.describe(), "dim")])
-        lines += [Padding(label, (0, 0, 0, 2))] if several else []
-        lines.append(Padding(Text(_names(pattern.fqns, words.MOST_NAMES)), (0, 0, 0, 4 if several else 2)))
+        label = [(pattern.name, "dim"), (pattern.site.spec.describe(), "dim")] if len(patterns) > 1 else []
+        lines.append(Padding(_Line([*label, *((name, "") for name in words.few(pattern.fqns, words.MOST_NAMES))]), (0, 0, 0, 2)))
     return lines
-
-
-def _names(fqns: tuple[str, ...], most: int) -> str:
-    """Names with ranges, one a line; at most so many lines."""
-    names = words.collapse(fqns)
-    more = [f"… and {len(names) - most + 1} more names"] if len(names) > most else []
-    return "\n".join([*names[: most - 1], *more] if more else names)
 
 
 def _left_alone(plan: Plan) -> list[RenderableType]:
@@ -208,7 +199,7 @@ def _near_misses(left: tuple[Left, ...]) -> list[RenderableType]:
     groups, lines = words.near_misses(left), []
     for text, fqns in groups[: words.MOST_LEFT]:
         lines.append(Padding(Text(f"{text}.", "yellow"), (0, 0, 0, 2)))
-        lines.append(Padding(Text(_names(fqns, words.MOST_NAMES_LEFT), "dim"), (0, 0, 0, 4)))
+        lines.append(Padding(_Line([(name, "dim") for name in words.few(fqns, words.MOST_NAMES_LEFT)]), (0, 0, 0, 4)))
     more = sum(len(fqns) for _, fqns in groups[words.MOST_LEFT :])
     return [*lines, Padding(Text(f"… and {more} more modules: the plan's left has them all.", "yellow"), (0, 0, 0, 2))] if more else lines
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _TOKENS = 4096
 #: Runs of layer numbers beyond this many are cut in the middle.
 _MOST_RUNS = 8
-#: Groups of near misses, lines of names of one of them, and of a pattern, that a text has room for.
-MOST_LEFT, MOST_NAMES_LEFT, MOST_NAMES = 12, 2, 4
+#: Groups of near misses, names of one of them, and of a pattern, that a text has room for.
+MOST_LEFT, MOST_NAMES_LEFT, MOST_NAMES = 10, 2, 4
 #: What a terminal would obey: control characters of both sets, but for the line feed.
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 #: Reasons that differ from backend to backend in how they are put. What exactly is missing is said in the table of backends and in JSON.
@@ -43,6 +43,16 @@ def collapse(fqns: Iterable[str]) -> list[str]:
         parts = tuple(fqn.split("."))
         shapes.setdefault(tuple("#" if part.isdecimal() else part for part in parts), []).append(parts)
     return [name for rows in shapes.values() for name in _collapse_rows(rows)]
+
+
+def few(fqns: Iterable[str], most: int) -> list[str]:
+    """Collapsed names, of many the first, and how many more there are.
+
+    >>> few(["a", "b", "c", "d"], 3)
+    ['a', 'b', '… and 2 more names']
+    """
+    names = collapse(fqns)
+    return names if len(names) <= most else [*names[: most - 1], f"… and {len(names) - most + 1} more names"]
 
 
 def _collapse_rows(rows: list[tuple[str, ...]]) -> list[str]:
