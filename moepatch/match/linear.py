@@ -37,7 +37,7 @@ def match_linear(found: Found, scan: Scan, memo: dict) -> Site | Left | None:
     if type(layer) is not nn.Linear:
         return left(found, "linear", in_the_way(layer) or f"it is a {type(layer).__name__}, not a Linear")
     if not all(_free(parent, name, layer, scan, memo) for parent, name in found.parents):
-        return left(found, "linear", "it may be part of a choice: it stands beside experts, or outside of decoder layers")
+        return None  # what may choose, or stands outside of decoder layers, is of no kind
     rows, width = layer.weight.shape
     site = make_site(found, "linear", LinearSpec(in_features=width, out_features=rows, bias=layer.bias is not None), ("weight",))
     return site if isinstance(site, Site) else left(found, "linear", site.reason)

@@ -39,16 +39,28 @@ _ROUNDING_SLACK = 0.02
 def match_router(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
     """See the module's docstring."""
     module = found.module
-    reading = _why_no_form(module)
-    if reading is None:
-        key = ("router", fingerprint(module))
-        if key not in memo:
-            memo[key] = _read(module, _matrices(module)[0])
-        reading = memo[key]
+    reading = _reading(module, memo)
     if isinstance(reading, RouterSpec):
         return make_site(found, "router", reading, (reading.weight,))
     has_matrix = any(p.ndim == 2 for p in module.parameters())
     return left(found, "router", reading) if has_matrix and named(found, "router") and type(module) is not nn.Linear else None
+
+
+def read_router(module: nn.Module, memo: dict) -> RouterSpec | None:
+    """The router that a module is, or None."""
+    reading = _reading(module, memo)
+    return reading if isinstance(reading, RouterSpec) else None
+
+
+def _reading(module: nn.Module, memo: dict) -> RouterSpec | str:
+    """The router that a module is, or why it is none that is known."""
+    reason = _why_no_form(module)
+    if reason is not None:
+        return reason
+    key = ("router", fingerprint(module))
+    if key not in memo:
+        memo[key] = _read(module, _matrices(module)[0])
+    return memo[key]
 
 
 def _matrices(module: nn.Module) -> list[str]:
