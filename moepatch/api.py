@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from . import planning
 from .carrying_out import Done, carry_out, timed
 from .check import check_model, check_plan
 from .dispatch.base import Dispatcher
-from .errors import MoePatchError, NothingMatched, PlanMismatch
+from .errors import LeftAlone, MoePatchError, NothingMatched, PlanMismatch
 from .kinds import KINDS
 from .match.attention_function import left_alone
 from .measure import agreed, fastest, is_measured
@@ -27,6 +28,7 @@ from .parallel.mesh import in_order
 from .plainly import plainly
 from .planning import Plan
 from .regional import layer_graphs
+from .render import words
 from .reporting import Report
 from .surgery import Journal, Patched
 
@@ -56,6 +58,7 @@ def optimize(
     numerics: str = "exact",
     measure: bool = True,
     compile: str | None = None,
+    strict: bool = False,
     **overrides: str | None,
 ) -> Model:
     """Makes a loaded model fast, in place: its mixture of experts, and with it the dense half of the model.
@@ -79,6 +82,8 @@ def optimize(
             ``$MOEPATCH_CACHE``, else in the user's cache directory.
         compile: ``"regional"`` compiles every decoder layer with ``torch.compile``, in place. Norms, residual sums, rope and dense MLPs are plain
             torch then, which it fuses by itself; the report counts its graphs.
+        strict: raise instead of leaving anything alone for a reason of its own: what is refused, what is nearly of a kind, and what no backend
+            serves. What the caller leaves alone (``dense=False``, ``loss=None``, a plan without it) is no reason to raise.
         overrides: a backend by table, for example ``experts="reference"``, which has to serve something; None leaves that table's modules
             alone (``loss=None``).
 
@@ -87,6 +92,7 @@ def optimize(
 
     Raises:
         NothingMatched: there is nothing in the model that moepatch can serve.
+        LeftAlone: with ``strict=True``, something would be left alone; the message says what and why.
         CheckFailed: the model must not be changed as it is (wrapped, quantized, offloaded, compiled, …).
         NumericMismatch: a backend that was asked for by name computes something else than the module does.
         MoePatchError: all others that a user can cause. Whatever is raised, the model is as it was.
@@ -110,9 +116,12 @@ def optimize(
         mesh = in_order(mesh)
     if mesh is not None and measure:
         chosen = agreed(chosen)
-    alone = left_alone(model)
+    alone = {fqn: why for fqn, why in left_alone(model).items() if not any(n.kind == "attention_function" and fqn in n.fqns for n in chosen.left)}
+    accept = functools.partial(_demand_all, alone=alone) if strict else None
+    if accept is not None:
+        accept(chosen)
     moved = None if mesh is None else choose_dispatch(chosen, mesh, dispatch)
-    done = carry_out(model, chosen, mesh, moved, verify, fsdp, compile, seconds)
+    done = carry_out(model, chosen, mesh, moved, verify, fsdp, compile, accept, seconds)
     made = Report(done.plan, done.verified, _notes(done, verify, moved, alone), seconds, tuple(layer_graphs(done.journal.steps)))
     model.__dict__["_moepatch_patch"] = _Patch(made, done.journal, mesh)
     return model
@@ -250,7 +259,34 @@ def _nothing(model: nn.Module, plan: Plan) -> str:
         return f"{name} has a mixture of experts that moepatch cannot serve:\n{listed}{more}\nThe model is unchanged."
     if plan.patterns:
         return f"{name}: the plan leaves every module alone. The model is unchanged."
-    return f"{name} has no mixture of experts: none of its {sum(1 for _ in model.modules())} modules is anything that moepatch can serve. The model is unchanged."
+    near = [f"  - {text}." for text, _ in words.near_misses(plan.left)]
+    listed = "\n".join(["", *near[:5], *([f"  … and {len(near) - 5} more"] if len(near) > 5 else []), ""]) if near else " "
+    none = f"none of its {sum(1 for _ in model.modules())} modules is anything that moepatch can serve."
+    if plan.signs is not None:
+        return words.plain(f"{name}: {none} Experts were looked for in vain, though {plan.signs}.{listed}The model is unchanged.")
+    experts = "looks like it holds experts" if plan.mixture_left else "has no mixture of experts"
+    return words.plain(f"{name} {experts}: {none}{listed}The model is unchanged.")
+
+
+def _demand_all(plan: Plan, alone: dict[str, str]) -> None:
+    """Raises if anything is left alone for a reason that is not the caller's wish.
+
+    Args:
+        plan: what is about to be done, or was.
+        alone: reasons by name of models whose attention function stays.
+    """
+    lines = [f"{len(fqns)} × {refusal.class_name} ({fqns[0]}): {refusal.reason}" for refusal, fqns in words.gathered(plan.refusals)]
+    lines += [f"{text} ({fqns[0]})" for text, fqns in words.near_misses(plan.left)]
+    lines += [f"{len(p.sites)} × {p.site.class_name} ({p.site.fqn}) keep their own forward: {words.why(p)}" for p in plan.unserved]
+    lines += [f"{fqn or 'the model'}: its attention function is left alone: {why}" for fqn, why in alone.items()]
+    if lines:
+        listed = "\n".join(f"  - {line}." for line in lines)
+        raise LeftAlone(
+            words.plain(
+                f"moepatch changed nothing, because strict=True and it would leave something alone:\n{listed}\n"
+                f"Without strict=True the rest is patched and the report says this. A kind that you leave alone yourself (for example norm=None) is no reason."
+            )
+        )
 
 
 def _notes(done: Done, verify: bool, moved: Dispatch | None, alone: dict[str, str]) -> tuple[str, ...]:
@@ -258,7 +294,7 @@ def _notes(done: Done, verify: bool, moved: Dispatch | None, alone: dict[str, st
     notes = [*done.notes] if verify else ["not verified: optimize(..., verify=False)"]
     notes += [f"{v.fqn}: {v.note}" for v in done.verified if v.note]
     if not plan.mixture:
-        notes.append("there is no mixture of experts in this model" if not plan.refusals else "its mixture of experts is left alone: see the reasons")
+        notes.append(words.no_mixture(plan))
     notes += [f"{fqn or 'the model'}: its attention function is left alone: {why}" for fqn, why in alone.items()]
     if moved is not None:
         notes.append(f"dispatch: {moved.name} ({moved.why})")

@@ -45,12 +45,21 @@ class Done:
 
 
 def carry_out(
-    model: nn.Module, plan: Plan, mesh: DeviceMesh | None, moved: Dispatch | None, verified: bool, fsdp: bool, compile: str | None, seconds: dict[str, float]
+    model: nn.Module,
+    plan: Plan,
+    mesh: DeviceMesh | None,
+    moved: Dispatch | None,
+    verified: bool,
+    fsdp: bool,
+    compile: str | None,
+    accept: Callable[[Plan], None] | None,
+    seconds: dict[str, float],
 ) -> Done:
     """Patches, verifies, moves weights, shards and compiles. Whatever is raised, the model is as it was.
 
     Args:
         verified: whether each pattern is verified.
+        accept: raises if the plan, as it is carried out when all is verified, is not what the caller wants.
         seconds: gets how long each part took.
 
     Raises:
@@ -66,6 +75,8 @@ def carry_out(
             if not any(pattern.backend for pattern in made.patterns):
                 listed = "\n".join(f"  - {note}" for note in notes)
                 raise NothingMatched(f"{plan.model_class}: no backend computes what its modules do:\n{listed}\nThe model is unchanged.")
+            if accept is not None:
+                accept(made)
             with timed(seconds, "apply"):
                 if not verified:
                     apply_patterns(model, made, journal)

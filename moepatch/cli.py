@@ -1,7 +1,7 @@
 """The command line: ``moepatch inspect``, ``moepatch doctor``, ``moepatch bench``.
 
-Data goes to standard output, errors to standard error. Exit codes: 0 done (inspect: everything is served), 1 error, 2 served in part,
-3 nothing served. Whatever is heavy is imported by the command that needs it.
+Data goes to standard output, errors to standard error. Exit codes: 0 done (inspect: every mixture of experts is served), 1 error, 2 some
+mixtures are served, 3 none is, or nothing. Whatever is heavy is imported by the command that needs it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def inspect(
 ) -> None:
     """Say what moepatch would do to a model, without its weights.
 
-    Exit code: 0 it can be patched with every mixture of experts in it, 2 in part, 3 not at all, 1 error.
+    Exit code: 0 it can be patched with every mixture of experts in it, 2 with some of them, 3 with none of them or not at all, 1 error.
     """
     with _quiet():
         from .errors import MoePatchError

@@ -19,6 +19,10 @@ class NothingMatched(MoePatchError):
     """No module of the model could be patched."""
 
 
+class LeftAlone(MoePatchError):
+    """``optimize(…, strict=True)`` would leave something alone that nobody asked it to; the message says what, how often and why."""
+
+
 class PlanMismatch(MoePatchError):
     """A plan that was passed in does not fit the model, or an override names something unknown."""
 

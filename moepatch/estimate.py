@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from transformers import PreTrainedConfig
 
 from .experts.spec import ExpertsSpec
 from .kinds import KINDS
-from .planning import Pattern, Plan
 from .site import Refusal, Site
+
+if TYPE_CHECKING:
+    from .planning import Pattern, Plan
 
 #: What configurations call the number of experts per token (K).
 TOP_K_NAMES = (
@@ -155,7 +157,7 @@ def _of_pattern(model: nn.Module, pattern: Pattern) -> tuple[ExpertGroup, int | 
     spec = KINDS[pattern.site.kind].computes(pattern.site.spec)
     choices = spec.num_experts + vars(spec).get("identity_experts", 0)
     params = [_expert_params(site) for site in pattern.sites]
-    chosen = [_site_top_k(model, site.fqn, site.spec) for site in pattern.sites]
+    chosen = [site_top_k(model, site.fqn, site.spec) for site in pattern.sites]
     label = pattern.site.spec.to_dict()["layout"]
     group = _group(pattern.site.class_name, label, pattern.site.spec.describe(), choices, chosen, params, pattern.backend is not None)
     if isinstance(spec, ExpertsSpec) and len(group.top_k) == 1:
@@ -168,12 +170,12 @@ def _of_refusals(model: nn.Module, refusals: tuple[Refusal, ...]) -> Iterator[tu
     gathered: dict[tuple, list[tuple[int, int | None]]] = {}
     for refusal in refusals:
         module = model.get_submodule(refusal.fqn)
-        counted = _count_experts(module)
+        counted = count_experts(module)
         if counted is None:
             yield None, None
             continue
         label, experts, params = counted
-        gathered.setdefault((refusal.class_name, label, experts), []).append((params, _site_top_k(model, refusal.fqn, None)))
+        gathered.setdefault((refusal.class_name, label, experts), []).append((params, site_top_k(model, refusal.fqn, None)))
     for (name, label, experts), rows in gathered.items():
         params, chosen = [p for p, _ in rows], [k for _, k in rows]
         yield _group(name, label, "", experts, chosen, params, False), _active(params, chosen, experts)
@@ -195,7 +197,7 @@ def _expert_params(site: Site) -> int:
     return part.num_experts * part.params_per_expert
 
 
-def _count_experts(module: nn.Module) -> tuple[str, int, int] | None:
+def count_experts(module: nn.Module) -> tuple[str, int, int] | None:
     """Layout in words, number of experts, and their parameters, of a module that no matcher reads."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         child = type(next(iter(module.children()))).__name__
@@ -207,7 +209,7 @@ def _count_experts(module: nn.Module) -> tuple[str, int, int] | None:
     return "not recognised", experts.pop(), sum(p.numel() for p in stacks)
 
 
-def _site_top_k(model: nn.Module, fqn: str, spec: object) -> int | None:
+def site_top_k(model: nn.Module, fqn: str, spec: object) -> int | None:
     """K at one module: from its own spec, else from the configuration of the nearest module around it that has one."""
     if hasattr(spec, "top_k"):
         return spec.top_k

@@ -80,10 +80,13 @@ class Inspection:
 
     @property
     def exit_code(self) -> int:
-        """For the shell: 0 if everything that looks like a mixture of experts is served, 2 if some of the model is, 3 if nothing is."""
-        if not any(pattern.backend for pattern in self.plan.patterns):
+        """For the shell: 0 if everything that looks like a mixture of experts is served, 2 if some of it is, 3 if nothing of it or of the model is."""
+        plan = self.plan
+        served = [pattern for pattern in plan.mixture if pattern.backend]
+        whole = len(served) == len(plan.mixture) and not plan.refusals and not plan.mixture_left
+        if not any(pattern.backend for pattern in plan.patterns) or not (served or whole):
             return 3
-        return 0 if all(pattern.backend for pattern in self.plan.mixture) and not self.plan.refusals else 2
+        return 0 if whole else 2
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON. Keys may be added; `schema_version` goes up when one changes its meaning or goes away."""
@@ -96,6 +99,8 @@ class Inspection:
             "patched": self.patched,
             "patterns": plan["patterns"],
             "refusals": plan["refusals"],
+            "left": plan["left"],
+            "share": plan["share"],
             "estimate": self.estimate.to_dict(),
             "weights": None if self.weights is None else self.weights.to_dict(),
             "backends": [row.to_dict() for row in self.backends],
@@ -116,6 +121,10 @@ class Inspection:
         from .render.html import html_of_inspection
 
         return html_of_inspection(self)
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        """IPython's plain text: what `print` shows."""
+        printer.text(str(self))
 
 
 @plainly()

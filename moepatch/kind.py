@@ -38,6 +38,7 @@ class Kind:
             against each other.
         dense: whether it belongs to the dense half of a model, not to its mixture of experts.
         on_request: plans have it only if a backend of its table was asked for by name.
+        only_itself: a site patches what the module itself does, and none of the modules in it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Kind:
     bench: Callable[[Any, torch.dtype, torch.device, torch.Generator, int], Call] | None = None
     dense: bool = False
     on_request: bool = False
+    only_itself: bool = False
 
     def subject(self, module: nn.Module, spec: Any, backend: str | None, copied: Callable[[nn.Module], nn.Module]) -> nn.Module:
         """What is tried: a copy of a module, patched with a backend (None: as the family wrote it), or what stands in for it.

@@ -10,18 +10,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from . import registry
 from .errors import BackendUnavailable, PlanMismatch
 from .kinds import KINDS
-from .match.suspects import suspects
+from .match.near import near_misses
+from .match.suspects import expert_signs, suspects
 from .needs import best_device
 from .scan import Scan
 from .site import Left, Refusal, Site
+from .work import Share, Work, work_of
 
 SCHEMA_VERSION = 1
 
 _BY_CALLER = "chosen by the caller"
+#: Reasons for which a pattern has no backend because the caller wanted it so.
+_ASKED = ("dense=False", _BY_CALLER, "a backend has to be asked for by name")
 #: How closely the patched model has to follow the family's own rounding.
 NUMERICS = ("exact", "relaxed")
 
@@ -109,6 +114,8 @@ class Plan:
         patterns: what is patched, the mixture of experts first.
         refusals: what looks like MoE and is left alone, with reasons.
         left: what is nearly of a kind and is left alone, with reasons.
+        work: what each site would patch of a step; `share` sums it up.
+        signs: what in the model speaks of experts, in words, if it does.
 
     >>> print(moepatch.plan(model))                                    # doctest: +SKIP
     >>> moepatch.optimize(model, plan=moepatch.plan(model).without("model.layers.0.mlp.experts"))   # doctest: +SKIP
@@ -118,6 +125,8 @@ class Plan:
     patterns: tuple[Pattern, ...]
     refusals: tuple[Refusal, ...]
     left: tuple[Left, ...] = ()
+    work: Work = Work()
+    signs: str | None = None
 
     def without(self, *fqns: str) -> Plan:
         """The plan with these modules left alone.
@@ -156,7 +165,9 @@ class Plan:
                 raise refused[0]
             for i, answer in zip(at, asked, strict=True):
                 patterns[i] = answer if isinstance(answer, Pattern) else replace(patterns[i], why=f"not the one asked for: {answer}")
-        return replace(self, patterns=tuple(patterns))
+        given_up = {table for table, name in tables.items() if name is None}
+        near = tuple(n for n in self.left if n.kind not in KINDS or KINDS[n.kind].backends not in given_up)
+        return replace(self, patterns=tuple(patterns), left=near)
 
     def _without_effect(self, table: str, name: str) -> PlanMismatch:
         """The error for a backend that was asked for where the plan has no module of its table; says what there is instead."""
@@ -171,7 +182,22 @@ class Plan:
     def without_dense(self) -> Plan:
         """The plan with everything but the mixture of experts left alone."""
         kept = tuple(replace(p, backend=None, why="dense=False") if KINDS[p.site.kind].dense else p for p in self.patterns)
-        return replace(self, patterns=kept)
+        return replace(self, patterns=kept, left=self.mixture_left)
+
+    @property
+    def share(self) -> Share:
+        """How much of a step the plan patches: see `moepatch.work`."""
+        return self.work.share(site for p in self.patterns if p.backend is not None for site in p.sites)
+
+    @property
+    def mixture_left(self) -> tuple[Left, ...]:
+        """The near misses that would be part of a mixture of experts."""
+        return tuple(near for near in self.left if near.kind in KINDS and not KINDS[near.kind].dense)
+
+    @property
+    def unserved(self) -> tuple[Pattern, ...]:
+        """The patterns that are left alone though nobody asked for that."""
+        return tuple(p for p in self.patterns if p.backend is None and p.why not in _ASKED)
 
     @property
     def mixture(self) -> tuple[Pattern, ...]:
@@ -186,6 +212,7 @@ class Plan:
             "patterns": [p.to_dict() for p in self.patterns],
             "refusals": [r.to_dict() for r in self.refusals],
             "left": [near.to_dict() for near in self.left],
+            "share": self.share.to_dict(),
         }
 
     def to_json(self) -> str:
@@ -220,6 +247,15 @@ class Plan:
 
         return text_of_plan(self)
 
+    def _repr_html_(self) -> str:
+        from .render.html import html_of_plan
+
+        return html_of_plan(self)
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        """IPython's plain text: what `print` shows, not the fields of a dataclass."""
+        printer.text(str(self))
+
 
 def make_plan(
     model: nn.Module, overrides: Mapping[str, str | None] | None = None, numerics: str = "exact", asked: Collection[str] = ()
@@ -234,36 +270,42 @@ def make_plan(
     """
     if numerics not in NUMERICS:
         raise PlanMismatch(f"numerics is {numerics!r}; it can be {' or '.join(NUMERICS)}.")
-    sites, refusals, left = match(Scan(model))
-    asked = {*asked, *(overrides or ())}
-    sites = [site for site in sites if not KINDS[site.kind].on_request or KINDS[site.kind].backends in asked]
+    scan = Scan(model)
+    sites, refusals, left = match(scan, {*asked, *(overrides or ())})
     groups: dict[tuple, list[Site]] = {}
     for site in sites:
         groups.setdefault((site.kind, site.spec, site.class_name, site.now, site.dtype, site.device), []).append(site)
     patterns = sorted((_choose(tuple(group), numerics) for group in groups.values()), key=lambda p: KINDS[p.site.kind].dense)
-    plan = Plan(type(model).__name__, tuple(patterns), tuple(refusals), tuple(left))
+    work = work_of(scan, sites, refusals, left)
+    plan = Plan(type(model).__name__, tuple(patterns), tuple(refusals), tuple(left), work, expert_signs(model))
     return plan.with_backends(**overrides) if overrides else plan
 
 
-def match(scan: Scan) -> tuple[list[Site], list[Refusal], list[Left]]:
+def match(scan: Scan, asked: Collection[str] = ()) -> tuple[list[Site], list[Refusal], list[Left]]:
     """Asks the matchers about every module. Modules inside a site belong to it; only matchers that look around are asked about its holders.
 
-    A matcher that nearly took a module answers `Left`; that stands unless another one takes the module.
+    A matcher that nearly took a module answers `Left`; that stands unless another one takes the module. Kinds that exist on request are
+    answered for if their table is in `asked`.
     """
+
+    def wanted(kind: str) -> bool:
+        return kind not in KINDS or not KINDS[kind].on_request or KINDS[kind].backends in asked
+
     memo: dict = {}
     answers: dict[int, Site | Refusal] = {}
     near: dict[int, Left] = {}
     inside: set[int] = set()
     holding: set[int] = set()
+    hollow = _hollow(scan)
     for matcher in registry.matchers():
         for found in scan:
             key = id(found.module)
-            if key in answers or not matcher.around and (key in inside or key in holding):
+            if key in answers or key in hollow or not matcher.around and (key in inside or key in holding):
                 continue
             answer = registry.asked(matcher, found, scan, memo)
-            if isinstance(answer, Left):
+            if isinstance(answer, Left) and wanted(answer.kind):
                 near.setdefault(key, answer)
-            if answer is None or isinstance(answer, Left):
+            if answer is None or isinstance(answer, Left) or isinstance(answer, Site) and not wanted(answer.kind):
                 continue
             answers[key] = answer
             if not matcher.around:
@@ -271,12 +313,24 @@ def match(scan: Scan) -> tuple[list[Site], list[Refusal], list[Left]]:
                 holding |= scan.above(found)
     in_order = [answers[id(found.module)] for found in scan if id(found.module) in answers]
     settled = {key for key, answer in answers.items() if isinstance(answer, Refusal) or not KINDS[answer.kind].dense}
-    refusals = [a for a in in_order if isinstance(a, Refusal)] + suspects(scan, settled)
+    refusals = [a for a in in_order if isinstance(a, Refusal)] + suspects(scan, settled, near)
     # What is refused keeps its own forward, whole.
     alone = tuple(f"{fqn}." for refusal in refusals for fqn in refusal.fqns)
     sites = [a for a in in_order if isinstance(a, Site) and not (KINDS[a.kind].dense and f"{a.fqn}.".startswith(alone))]
-    left = [near[id(found.module)] for found in scan if id(found.module) in near and id(found.module) not in answers]
-    return sites, refusals, [n for n in left if not f"{n.fqn}.".startswith(alone)]
+    return sites, refusals, near_misses(scan, sites, refusals, [n for key, n in near.items() if key not in answers and not _refused(n, refusals)])
+
+
+def _hollow(scan: Scan) -> set[int]:
+    """The ids of modules with a weight of no numbers somewhere: nothing can be found out by trying them. Models are not tried."""
+    empty = [found for found in scan if any(p is not None and p.numel() == 0 for p in found.module._parameters.values())]
+    models = {id(found.module) for found in scan if isinstance(found.module, PreTrainedModel)}
+    ids = {id(found.module) for found in empty}.union(*map(scan.above, empty))
+    return ids - models
+
+
+def _refused(near: Left, refusals: list[Refusal]) -> bool:
+    """Whether experts are refused inside of a block that was nearly taken, for its reason."""
+    return near.kind in KINDS and not KINDS[near.kind].dense and any(r.reason == near.reason for r in refusals)
 
 
 def _choose(sites: tuple[Site, ...], numerics: str) -> Pattern:

@@ -15,7 +15,7 @@ class Report:
     """The result of `optimize`.
 
     Attributes:
-        plan: what was patched, with what, and what was refused and why.
+        plan: what was patched, with what, what was left alone and why, and (``plan.share``) how much of a step that is.
         verified: one entry per pattern; empty with ``verify=False``.
         notes: what else the user should know.
         seconds: how long each step of the road took.
@@ -54,3 +54,7 @@ class Report:
         from .render.html import html_of_report
 
         return html_of_report(self)
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        """IPython's plain text: what `print` shows."""
+        printer.text(str(self))

@@ -51,7 +51,7 @@ def test_the_dense_half_around_a_refused_mixture_is_patched(name):
     assert not report.plan.mixture and report.plan.refusals and report.patched > 0
     assert "its mixture of experts is left alone: see the reasons" in report.notes
     assert report.plan.refusals[0].reason in " ".join(str(report).split())
-    assert moepatch.inspect(model).exit_code == 2
+    assert moepatch.inspect(model).exit_code == 3
 
 
 def test_not_a_module():

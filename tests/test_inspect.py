@@ -51,7 +51,7 @@ LLAMA = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hid
 MORE = {"cce", "cudnn", "deep_ep", "fa4", "fla", "liger", "quack", "symm_mem", "te"}
 INDEX = "model.safetensors.index.json"
 KEYS = {
-    "schema_version", "model_class", "model_type", "source", "patched", "patterns", "refusals", "estimate", "weights", "backends",
+    "schema_version", "model_class", "model_type", "source", "patched", "patterns", "refusals", "left", "share", "estimate", "weights", "backends",
     "warnings", "exit_code",
 }  # fmt: skip
 
@@ -126,6 +126,8 @@ def test_golden_text(folder, bare_machine):
           bfloat16 540.1 KiB
         experts  3 × Qwen3MoeExperts  fused 3-D  E=8 K=2 H=64 I=48 swiglu
           221.18 K (80 %)  keeps 2 MiB a layer of 4,096 tokens
+        share   100 % of a step's FLOPs and 32 of 32 modules with weights would be
+                patched
 
         mixture of experts   count  now               planned     why, or why not
         experts: fused 3-D       3  grouped_mm        torch       fallback; not
@@ -147,37 +149,31 @@ def test_golden_text(folder, bare_machine):
         loss: head               1  logits in memory  chunked     ok
 
         modules
-          experts: fused 3-D  E=8 H=64 I=48 swiglu
-            model.layers.{0…2}.mlp.experts
-          attention function: plain  3 x 4/2 heads D=16 causal
-            model
+          experts: fused 3-D  E=8 H=64 I=48 swiglu  model.layers.{0…2}.mlp.experts
+          attention function: plain  3 x 4/2 heads D=16 causal  model
           residual: pre-norm
             H=64 h + self_attn(input_layernorm(h)), h + mlp(post_attention_layernorm(h))
             model.layers.{0…2}
           attention: q, k, v apart  H=64 heads=4/2×16, norm head, rope half
             model.layers.{0…2}.self_attn
           norm: RMS norm  RMS 16 eps=1e-06 cast before
-            model.layers.{0…2}.self_attn.q_norm
-            model.layers.{0…2}.self_attn.k_norm
-          router: softmax  8 experts H=64 top-2 softmax
-            model.layers.{0…2}.mlp.gate
+            model.layers.{0…2}.self_attn.q_norm  model.layers.{0…2}.self_attn.k_norm
+          router: softmax  8 experts H=64 top-2 softmax  model.layers.{0…2}.mlp.gate
           norm: RMS norm  RMS 64 eps=1e-06 cast before
             model.layers.{0…2}.input_layernorm
-            model.layers.{0…2}.post_attention_layernorm
-            model.norm
-          loss: head  cross-entropy of 64 → 128
-            lm_head
+            model.layers.{0…2}.post_attention_layernorm  model.norm
+          loss: head  cross-entropy of 64 → 128  lm_head
         """)
-    assert re.search(r"reference +experts", text) and "a loop over the experts" in text
-    assert re.search(r"all_to_all +dispatch", text) and re.search(r"triton +norm +not installed", text)
-    assert not re.search(r" (ssd|delta|parallel_linear) ", text)  # tables that this model has nothing for
+    assert re.search(r"\nexperts +torch, reference +\S.*installed: triton", text) and re.search(r"\nnorm +reference +not installed: triton\n", text)
+    assert re.search(r"\ndispatch +all_to_all, local\n", text)
+    assert not re.search(r"\n(ssd|delta|parallel_linear) ", text)  # tables that this model has nothing for
     assert text.endswith("result  every mixture of experts can be patched, and the dense half")
 
 
 def test_golden_text_of_a_dense_model(bare_machine):
     text = str(moepatch.inspect(LLAMA))
-    assert text.startswith("LlamaForCausalLM  22.69 K params, all active  2 layers  bfloat16 44.3 KiB\n\ndense half ")
-    assert "\nmixture of experts" not in text and not re.search("\n\\w+ +(experts|dispatch) ", text)
+    assert text.startswith("LlamaForCausalLM  22.69 K params, all active  2 layers  bfloat16 44.3 KiB\nshare   100 % of a step's FLOPs and ")
+    assert "\n\ndense half " in text and "\nmixture of experts" not in text and not re.search("\n(experts|dispatch) ", text)
     assert re.search(r"\nmlp: gate and up +2 +own forward +torch +fallback; not\n", text) and re.search(r"\nnorm: RMS norm +5 ", text)
     assert text.endswith("result  the dense half can be patched; there is no mixture of experts in it")
 
@@ -287,9 +283,9 @@ def test_exit_code_0_for_a_dense_model(folder):
     assert result.exit_code == 0 and "there is no mixture of experts in it" in result.stdout
 
 
-def test_exit_code_2_if_the_dense_half_is_served_and_the_experts_are_not():
+def test_exit_code_3_if_the_dense_half_is_served_and_none_of_the_experts_is():
     inspection = moepatch.inspect(zoo.config("switch_transformers"))
-    assert inspection.exit_code == 2 and not inspection.plan.mixture
+    assert inspection.exit_code == 3 and not inspection.plan.mixture
     text = str(inspection)
     assert "\nleft alone\n" in text and "\ndense half " in text
     assert text.endswith("result  the dense half can be patched, the mixture of experts is left alone")
@@ -300,7 +296,7 @@ def test_exit_code_3_if_there_is_nothing_to_patch(folder):
     assert result.exit_code == 3
     assert result.stdout.startswith("ResNetModel") and "all active" in result.stdout
     assert "nothing here that moepatch can patch" in result.stdout
-    assert re.search(r"\ntorch +experts ", result.stdout)  # what this machine has, if the model asks for nothing
+    assert re.search(r"\nexperts +torch, ", result.stdout)  # what this machine has, if the model asks for nothing
 
 
 def test_a_wrong_command_line_is_an_error(monkeypatch, capsys):

@@ -34,6 +34,7 @@ from moepatch.layers.loss.reference import linear_cross_entropy as reference
 from moepatch.layers.loss.spec import LossSpec
 from moepatch.match.loss import match_loss
 from moepatch.scan import Scan
+from moepatch.site import Site
 from moepatch.surgery import InjectClass, Journal, Patched
 
 T, H, V = 50, 24, 77
@@ -361,7 +362,7 @@ def small_chunks():
 
 def patch(model, backend="chunked"):
     """What `optimize` does about the loss, and the way back."""
-    (site,) = [site for found in Scan(model) if (site := match_loss(found, Scan(model), {})) is not None]
+    (site,) = [site for found in Scan(model) if isinstance(site := match_loss(found, Scan(model), {}), Site)]
     journal = Journal()
     journal.do(InjectClass(model.get_submodule(site.fqn), PatchedHead, LossState(site.spec, backend)))
     journal.do(InjectClass(model, LabelledModel, "labels"))
@@ -701,7 +702,7 @@ def test_trainer_trains_evaluates_and_predicts(tmp_path, qwen3):
 
 def test_matched_are_heads_of_models_with_labels():
     def sites(model):
-        return [site for found in Scan(model) if (site := match_loss(found, Scan(model), {})) is not None]
+        return [site for found in Scan(model) if isinstance(site := match_loss(found, Scan(model), {}), Site)]
 
     (site,) = sites(dense("qwen3", tie_word_embeddings=True).to("meta"))
     assert (site.fqn, site.spec, site.device) == ("lm_head", LossSpec(hidden=32, vocab=128, bias=False), "meta")

@@ -23,6 +23,7 @@ from moepatch.layers.mlp import MLP, MlpState, PatchedMlp
 from moepatch.layout.adjacent import adjacent
 from moepatch.match.mlp import match_mlp
 from moepatch.scan import Scan
+from moepatch.site import Site
 from moepatch.surgery import InjectClass, Journal
 
 NUMBERS = {"limit": 1.2, "alpha": 1.702}
@@ -78,7 +79,7 @@ FORMS = [("separate", False), ("concatenated", False), ("concatenated", True), (
 
 def found(model):
     scan, memo = Scan(model), {}
-    return {f.fqn: site for f in scan if (site := match_mlp(f, scan, memo)) is not None}
+    return {f.fqn: site for f in scan if isinstance(site := match_mlp(f, scan, memo), Site)}
 
 
 def patch(model, backend="torch"):

@@ -19,6 +19,7 @@ from moepatch.kernels import norm as kernels
 from moepatch.layers.norm import NormSpec, PatchedNorm, reference_norm
 from moepatch.match.norm import match_norm
 from moepatch.scan import Scan
+from moepatch.site import Site
 
 
 def spec(width, weight="weight", **options):
@@ -95,7 +96,7 @@ def found_norms(model):
     """Modules and specs."""
     scan, memo = Scan(model), {}
     sites = [(found.module, match_norm(found, scan, memo)) for found in scan]
-    return [(module, site.spec) for module, site in sites if site is not None]
+    return [(module, site.spec) for module, site in sites if isinstance(site, Site)]
 
 
 def short(spec):

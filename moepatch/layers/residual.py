@@ -253,4 +253,5 @@ RESIDUAL = Kind(
     stand_in=ResidualSums,
     trial=lambda spec, dtype, device, generator: _call(spec, dtype, device, generator, 24),
     dense=True,
+    only_itself=True,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
 
@@ -15,23 +16,23 @@ from ..layout.experts import fused_layout
 from ..registry import register_matcher
 from ..replica import random_fill, replica, size_map
 from ..scan import Found, Scan
-from ..site import Refusal, Site
-from .experts import make_site, refusal, takes
+from ..site import Left, Refusal, Site
+from .experts import left, make_site, refusal, takes
+from .near import in_the_way
 from .probe import candidates, fingerprint, finite_numbers, misfit
+from .suspects import is_list
 
 
 @register_matcher("expert_list", priority=70)
-def match_expert_list(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None:
+def match_expert_list(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
     """See the module's docstring."""
     block = found.module
     children = dict(block.named_children())
     lists = [name for name, child in children.items() if isinstance(child, nn.ModuleList) and len(child) > 1 and _is_gated_mlp(child[0])]
     routers = [name for name, child in children.items() if _is_linear(child)]
-    if len(children) != 2 or len(lists) != 1 or len(routers) != 1 or not takes(block, 1):
-        return None
-    experts = children[lists[0]]
-    if children[routers[0]].weight.shape[0] != len(experts) or len({fingerprint(expert) for expert in experts}) > 1:
-        return None
+    reason = _why_no_form(block, children, lists, routers)
+    if reason is not None:
+        return left(found, "expert_list", reason) if any(is_list(scan.of(child)) for child in children.values()) else None
     key = ("expert_list", fingerprint(block))
     if key not in memo:
         memo[key] = _read(block, routers[0], lists[0])
@@ -40,6 +41,25 @@ def match_expert_list(found: Found, scan: Scan, memo: dict) -> Site | Refusal | 
         return refusal(found, reading)
     paths = tuple(f"{reading.experts_name}.{path}" for weight in reading.weights().values() for path in weight.names)
     return make_site(found, "expert_list", reading, paths)
+
+
+def _why_no_form(block: nn.Module, children: dict[str, nn.Module], lists: list[str], routers: list[str]) -> str | None:
+    """None for a router, a list of equal gated MLPs of as many elements, and one argument; else what of that is amiss."""
+    if not lists:
+        return in_the_way(block) or "its experts are separate modules, and none of them a gated MLP of three linear layers without biases"
+    if len(lists) > 1:
+        return f"it has {len(lists)} lists of experts ({', '.join(lists)})"
+    if len(routers) != 1:
+        return f"its experts are separate modules, and beside them stand {len(routers)} linear layers without bias, where one router is known"
+    others = [name for name in children if name not in (*lists, *routers)]
+    if others:
+        return f"beside its router {routers[0]} and its list of experts {lists[0]} it has {', '.join(others)}"
+    if not takes(block, 1):
+        return f"it is called with ({', '.join(list(inspect.signature(type(block).forward).parameters)[1:])}), not with tokens alone"
+    experts, rows = children[lists[0]], children[routers[0]].weight.shape[0]
+    if rows != len(experts):
+        return f"its router {routers[0]} has {rows} outputs for {len(experts)} experts"
+    return None if len({fingerprint(expert) for expert in experts}) == 1 else f"its experts {lists[0]} are not all alike"
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from ..registry import register_matcher
 from ..replica import size_map
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
+from .near import class_name
 from .probe import candidates, fingerprint, finite_numbers, misfit, recognise
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -56,7 +57,7 @@ def refusal(found: Found, reason: str) -> Refusal:
 
 def left(found: Found, kind: str, reason: str) -> Left:
     """A module that is nearly of a kind."""
-    return Left(kind=kind, fqns=found.fqns, class_name=type(found.module).__name__, reason=reason)
+    return Left(kind=kind, fqns=found.fqns, class_name=class_name(found.module), reason=reason)
 
 
 def make_site(found: Found, kind: str, spec, parameter_names: tuple[str, ...]) -> Site | Refusal:

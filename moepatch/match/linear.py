@@ -16,9 +16,10 @@ from torch import nn
 from ..layers.linear import LinearSpec
 from ..registry import register_matcher
 from ..scan import Found, Scan
-from ..site import Site
+from ..site import Left, Site
 from .attention_block import match_attention_block
-from .experts import make_site
+from .experts import left, make_site
+from .near import in_the_way
 from .suspects import suspects
 
 #: Narrower layers are gates, decays and low ranks more often than projections, and cost next to nothing.
@@ -28,16 +29,18 @@ _CHOICE = re.compile(r"top_?k", re.IGNORECASE)
 
 # After all others, which may compute the layer as a part of something larger.
 @register_matcher("linear", priority=1)
-def match_linear(found: Found, scan: Scan, memo: dict) -> Site | None:
+def match_linear(found: Found, scan: Scan, memo: dict) -> Site | Left | None:
     """See the module's docstring. Nothing has to be tried: the class says what it computes."""
     layer = found.module
-    if type(layer) is not nn.Linear or layer.weight.ndim != 2 or min(layer.weight.shape) < NARROWEST:
+    if not isinstance(layer, nn.Linear) or layer.weight.ndim != 2 or min(layer.in_features, layer.out_features) < NARROWEST:
         return None
+    if type(layer) is not nn.Linear:
+        return left(found, "linear", in_the_way(layer) or f"it is a {type(layer).__name__}, not a Linear")
     if not all(_free(parent, name, layer, scan, memo) for parent, name in found.parents):
-        return None
+        return None  # what may choose, or stands outside of decoder layers, is of no kind
     rows, width = layer.weight.shape
     site = make_site(found, "linear", LinearSpec(in_features=width, out_features=rows, bias=layer.bias is not None), ("weight",))
-    return site if isinstance(site, Site) else None
+    return site if isinstance(site, Site) else left(found, "linear", site.reason)
 
 
 def _free(parent: nn.Module, name: str, layer: nn.Linear, scan: Scan, memo: dict) -> bool:

@@ -10,20 +10,27 @@ from transformers import PreTrainedModel
 from ..layers.loss.spec import LossSpec
 from ..registry import register_matcher
 from ..scan import Found, Scan
-from ..site import Site
+from ..site import Left, Site
 from ..surgery import original_class
+from .experts import left
+from .near import in_the_way
 
 
 @register_matcher("loss", priority=10)
-def match_loss(found: Found, scan: Scan, memo: dict) -> Site | None:
+def match_loss(found: Found, scan: Scan, memo: dict) -> Site | Left | None:
     """See the module's docstring. Nothing has to be tried: what is neither a cross-entropy nor known on the way to it gets ordinary logits."""
     head = found.module
-    if type(head) is not nn.Linear or head.weight.ndim != 2:
-        return None
     if "heads" not in memo:
-        memo["heads"] = {id(output) for model in _outermost(scan.model) if (output := _output(model)) is not None}
+        outputs = [(model.get_output_embeddings(), _takes_labels(model)) for model in _outermost(scan.model)]
+        memo["heads"] = {id(output): labels for output, labels in outputs if output is not None}
     if id(head) not in memo["heads"]:
         return None
+    if not memo["heads"][id(head)]:
+        return left(found, "loss", "its model's forward takes no labels")
+    if type(head) is not nn.Linear or head.weight.ndim != 2:
+        return left(found, "loss", in_the_way(head) or f"it is a {type(head).__name__}, not a Linear")
+    if (reason := in_the_way(head)) is not None:
+        return left(found, "loss", reason)
     vocab, hidden = head.weight.shape
     return Site(
         kind="loss",
@@ -43,8 +50,5 @@ def _outermost(module: nn.Module) -> list[PreTrainedModel]:
     return [model for child in module.children() for model in _outermost(child)]
 
 
-def _output(model: PreTrainedModel) -> nn.Module | None:
-    """The module that makes the logits of a model that takes labels."""
-    if "labels" not in inspect.signature(original_class(model).forward).parameters:
-        return None
-    return model.get_output_embeddings()
+def _takes_labels(model: PreTrainedModel) -> bool:
+    return "labels" in inspect.signature(original_class(model).forward).parameters

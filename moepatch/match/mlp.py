@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,41 +16,57 @@ from ..layout.experts import fused_layout
 from ..registry import register_matcher
 from ..replica import random_fill, replica
 from ..scan import Found, Scan
-from ..site import Refusal, Site
-from .experts import make_site, takes
+from ..site import Left, Refusal, Site
+from .experts import left, make_site, takes
+from .near import in_the_way, named
 from .probe import fingerprint, finite_numbers, misfit, recognise
 from .suspects import is_list
 
 
 @register_matcher("mlp", priority=20)
-def match_mlp(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None:
+def match_mlp(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
     """See the module's docstring. Elements of a list of experts are no MLPs of their own."""
     module = found.module
-    if not _may_be_mlp(module) or any(is_list(scan.of(parent)) for parent, _ in found.parents):
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or any(is_list(scan.of(parent)) for parent, _ in found.parents):
         return None
-    key = ("mlp", fingerprint(module))
-    if key not in memo:
-        memo[key] = _read(module)
-    spec = memo[key]
-    site = None if spec is None else make_site(found, "mlp", spec, spec.parameter_names())
-    return site if isinstance(site, Site) else None
+    reading = _why_no_form(module)
+    if reading is None:
+        key = ("mlp", fingerprint(module))
+        if key not in memo:
+            memo[key] = _read(module)
+        reading = memo[key]
+    if isinstance(reading, str):
+        linear = [name for name, child in module.named_children() if isinstance(child, nn.Linear)]
+        return left(found, "mlp", reading) if 2 <= len(linear) <= 3 and named(found, "mlp") else None
+    site = make_site(found, "mlp", reading, reading.parameter_names())
+    return site if isinstance(site, Site) else left(found, "mlp", site.reason)
 
 
-def _may_be_mlp(module: nn.Module) -> bool:
-    """One argument, and no weights or buffers but those of two or three linear layers."""
+def _why_no_form(module: nn.Module) -> str | None:
+    """None for one argument, and no weights or buffers but those of two or three linear layers; else what of that is amiss."""
     linear = _linear_layers(module)
-    if len(linear) not in (2, 3) or not takes(module, 1):
-        return False
+    reason = in_the_way(module) if any(isinstance(child, nn.Linear) for child in module.children()) else None
+    if reason is not None:
+        return reason
+    if len(linear) not in (2, 3):
+        return f"it has {len(linear)} projections, and an MLP that is known has two or three"
     held = {id(p) for layer in linear.values() for p in layer.parameters()}
-    return {id(p) for p in module.parameters()} == held and next(module.buffers(), None) is None
+    more = next((name for name, p in module.named_parameters() if id(p) not in held), None)
+    more = more or next((name for name, _ in module.named_buffers()), None)
+    if more is not None:
+        return f"beside its projections it has {more}"
+    if not takes(module, 1):
+        return f"it is called with ({', '.join(list(inspect.signature(type(module).forward).parameters)[1:])}), not with tokens alone"
+    return None
 
 
 def _linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: child for name, child in module.named_children() if type(child) is nn.Linear}
 
 
-def _read(module: nn.Module) -> MlpSpec | None:
-    """The spec that computes what the module does, or None."""
+def _read(module: nn.Module) -> MlpSpec | str:
+    """The spec that computes what the module does, or why there is none."""
+    reason = f"the shapes of its projections are those of no MLP ({_shapes_of(module)})"
     numbers = finite_numbers(module)
     for spec in _shapes(module):
         sizes = _small(spec)
@@ -57,9 +74,21 @@ def _read(module: nn.Module) -> MlpSpec | None:
         small = replica(module, sizes, random_fill(torch.Generator().manual_seed(0))).train()
         scaled = spec.resized(sizes)
         activation = _activation(small, scaled, numbers)
-        if activation is not None and misfit(small, "mlp", replace(scaled, activation=activation), {}) is None:
+        misfitting = "" if activation is None else misfit(small, "mlp", replace(scaled, activation=activation), {})
+        if misfitting is None:
             return replace(spec, activation=activation)
-    return None
+        reason = f"patched it would compute something else: {misfitting}" if misfitting else f"its activation{_named_activation(module)} is none that is known"
+    return reason
+
+
+def _shapes_of(module: nn.Module) -> str:
+    return ", ".join(f"{name} {list(layer.weight.shape)}" for name, layer in _linear_layers(module).items())
+
+
+def _named_activation(module: nn.Module) -> str:
+    """The class of the child without weights that may be it, in brackets."""
+    bare = [type(child).__name__ for child in module.children() if next(child.parameters(), None) is None and not isinstance(child, nn.Dropout)]
+    return f" ({bare[0]})" if len(bare) == 1 else ""
 
 
 def _shapes(module: nn.Module) -> Iterator[MlpSpec]:

@@ -18,8 +18,9 @@ from ..layers.norm import CASTS, GATES, NORM, NormSpec, reference_norm
 from ..registry import register_matcher
 from ..replica import random_fill, replica
 from ..scan import Found, Scan
-from ..site import Refusal, Site
-from .experts import make_site
+from ..site import Left, Refusal, Site
+from .experts import left, make_site
+from .near import in_the_way, named
 from .probe import fingerprint, finite_numbers, misfit
 
 #: The largest eps that anybody uses.
@@ -29,17 +30,20 @@ _ROUNDING_SLACK = 0.02
 
 
 @register_matcher("norm", priority=30)
-def match_norm(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None:
+def match_norm(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
     """See the module's docstring."""
     module = found.module
-    spec = read_norm(module, memo)
-    if spec is None:
+    reason = _why_no_form(module)
+    if reason is not None and not _looks_like_norm(found):
         return None
+    spec = reason or _reading(module, memo)
+    if isinstance(spec, str):
+        return left(found, "norm", spec) if _looks_like_norm(found) else None
     if spec.weight is not None:
         return make_site(found, "norm", spec, (spec.weight,))
     near = _nearest_parameter(found, scan)
     if near is None:
-        return None
+        return left(found, "norm", "it has no weight, and nothing around it has one whose dtype it could compute in") if _looks_like_norm(found) else None
     return Site(
         kind="norm",
         fqns=found.fqns,
@@ -53,24 +57,41 @@ def match_norm(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None:
 
 def read_norm(module: nn.Module, memo: dict) -> NormSpec | None:
     """The norm that a module computes, or None."""
-    if not _has_form(module):
-        return None
+    reading = None if _why_no_form(module) is not None else _reading(module, memo)
+    return reading if isinstance(reading, NormSpec) else None
+
+
+def _reading(module: nn.Module, memo: dict) -> NormSpec | str:
+    """The norm that a module of the form computes, or why it is none that is known."""
     key = ("norm", fingerprint(module))
     if key not in memo:
         memo[key] = _read(module)
     return memo[key]
 
 
-def _has_form(module: nn.Module) -> bool:
-    """No children, no buffers, at most one parameter and that a vector, a possible eps."""
-    parameters = list(module._parameters.values())
-    return (
-        not module._modules
-        and not module._buffers
-        and len(parameters) <= 1
-        and all(p is not None and p.ndim == 1 for p in parameters)
-        and bool(_eps(module))
-    )
+def _looks_like_norm(found: Found) -> bool:
+    """Whether it is called a norm and holds vectors, or nothing, as norms do."""
+    module = found.module
+    return named(found, "norm") and not module._modules and all(p is None or p.ndim == 1 for p in module._parameters.values())
+
+
+def _why_no_form(module: nn.Module) -> str | None:
+    """None for no children, no buffers, at most one parameter and that a vector, and a possible eps; else what of that is amiss."""
+    parameters = module._parameters
+    if isinstance(module, nn.LayerNorm):
+        return "it is a LayerNorm, which subtracts the mean"
+    for name, held in (("children", module._modules), ("buffers", module._buffers)):
+        if held:
+            return f"it has {name} ({', '.join(held)})"
+    if len(parameters) > 1:
+        return f"it has {len(parameters)} parameters ({', '.join(parameters)}), and an RMS norm has one"
+    odd = next((name for name, p in parameters.items() if p is None or p.ndim != 1), None)
+    if odd is not None:
+        return f"its {odd} is no vector"
+    reason = in_the_way(module)
+    if reason is not None:
+        return reason
+    return None if _eps(module) else f"none of its numbers is an eps between 0 and {_LARGEST_EPS}"
 
 
 def _eps(module: nn.Module) -> list[float]:
@@ -85,16 +106,21 @@ def _nearest_parameter(found: Found, scan: Scan) -> nn.Parameter | None:
     return None
 
 
-def _read(module: nn.Module) -> NormSpec | None:
-    """The spec that computes what the module does, or None."""
+def _read(module: nn.Module) -> NormSpec | str:
+    """The spec that computes what the module does, or why there is none."""
     gated = _takes_gate(module)
     if gated is None:
-        return None
+        return f"it is called with ({', '.join(inspect.signature(trial.eager_forward(module)).parameters)}), not with rows and at most a gate"
     formula = next((spec for spec in _formulas(module, gated) if _same_numbers(module, spec)), None)
     if formula is None:
-        return None
+        return "it computes something else than the RMS norms that are known"
     spec = _rounded(module, formula)
-    return spec if spec is not None and _mixes(module, spec) and misfit(module, "norm", spec, {}) is None else None
+    if spec is None:
+        return "in bfloat16 it rounds elsewhere than the RMS norms that are known"
+    if not _mixes(module, spec):
+        return "where its weight and its rows differ in dtype it rounds elsewhere than the RMS norms that are known"
+    reason = misfit(module, "norm", spec, {})
+    return spec if reason is None else f"patched it would compute something else: {reason}"
 
 
 def _takes_gate(module: nn.Module) -> bool | None:

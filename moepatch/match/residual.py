@@ -21,9 +21,9 @@ from ..layers.residual import RESIDUAL, Branch, ResidualSpec, Source
 from ..registry import register_matcher
 from ..replica import random_fill, replica
 from ..scan import Found, Scan
-from ..site import Refusal, Site
+from ..site import Left, Refusal, Site
 from ..surgery import MadeClasses, original_class
-from .experts import make_site
+from .experts import left, make_site
 from .norm import read_norm
 from .probe import fingerprint
 
@@ -35,7 +35,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 @register_matcher("residual", priority=10, around=True)
-def match_residual(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None:
+def match_residual(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
     """See the module's docstring."""
     layer = found.module
     norms = _norms(layer, memo)
@@ -45,7 +45,10 @@ def match_residual(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Non
     if key not in memo:
         memo[key] = _read(layer, norms)
     spec = memo[key]
-    return None if spec is None else make_site(found, "residual", spec, tuple(f"{b.norm}.{norms[b.norm].weight}" for b in spec.branches))
+    if not isinstance(spec, ResidualSpec):
+        listed = any(isinstance(parent, nn.ModuleList) for parent, _ in found.parents)
+        return left(found, "residual", spec or "it adds up something else than h + child(norm(h))") if listed else None
+    return make_site(found, "residual", spec, tuple(f"{b.norm}.{norms[b.norm].weight}" for b in spec.branches))
 
 
 def _norms(layer: nn.Module, memo: dict) -> dict[str, NormSpec]:

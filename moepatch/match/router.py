@@ -6,6 +6,7 @@ training and not; then the scale model forward and backward.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from ..layers.router import GROUP_SCORES, LINEARS, RESULTS, ROUTER, RouterSpec, 
 from ..registry import register_matcher
 from ..replica import random_fill, replica
 from ..scan import Found, Scan
-from ..site import Refusal, Site
-from .experts import make_site, takes
+from ..site import Left, Refusal, Site
+from .experts import left, make_site, takes
+from .near import in_the_way, named
 from .probe import fingerprint, finite_numbers, misfit
 
 #: The width at which wide routers are tried.
@@ -34,48 +36,77 @@ _ROUNDING_SLACK = 0.02
 
 
 @register_matcher("router", priority=25)
-def match_router(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None:
+def match_router(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
     """See the module's docstring."""
-    spec = read_router(found.module, memo)
-    return None if spec is None else make_site(found, "router", spec, (spec.weight,))
+    module = found.module
+    reading = _reading(module, memo)
+    if isinstance(reading, RouterSpec):
+        return make_site(found, "router", reading, (reading.weight,))
+    has_matrix = any(p.ndim == 2 for p in module.parameters())
+    return left(found, "router", reading) if has_matrix and named(found, "router") and type(module) is not nn.Linear else None
 
 
 def read_router(module: nn.Module, memo: dict) -> RouterSpec | None:
     """The router that a module is, or None."""
-    matrix = _matrix(module)
-    if matrix is None or not takes(module, 1):
-        return None
+    reading = _reading(module, memo)
+    return reading if isinstance(reading, RouterSpec) else None
+
+
+def _reading(module: nn.Module, memo: dict) -> RouterSpec | str:
+    """The router that a module is, or why it is none that is known."""
+    reason = _why_no_form(module)
+    if reason is not None:
+        return reason
     key = ("router", fingerprint(module))
     if key not in memo:
-        memo[key] = _read(module, matrix)
+        memo[key] = _read(module, _matrices(module)[0])
     return memo[key]
 
 
-def _matrix(module: nn.Module) -> str | None:
-    """The name of the one matrix of a module that has no children, and beside it only vectors as long as the matrix is high."""
+def _matrices(module: nn.Module) -> list[str]:
+    return [name for name, p in module._parameters.items() if p is not None and p.ndim == 2]
+
+
+def _why_no_form(module: nn.Module) -> str | None:
+    """None for one matrix, beside it only vectors as long as the matrix is high, no children and one argument; else what of that is amiss."""
     tensors = {**module._parameters, **module._buffers}
-    matrices = [name for name, p in module._parameters.items() if p is not None and p.ndim == 2]
-    if module._modules or len(matrices) != 1 or not all(t is not None and t.is_floating_point() for t in tensors.values()):
-        return None
+    if module._modules:
+        return in_the_way(module) or f"it has children ({', '.join(module._modules)}), and the routers that are known have none"
+    matrices = _matrices(module)
+    if len(matrices) != 1:
+        return f"it has {len(matrices)} matrices, and a router has one"
+    odd = next((name for name, t in tensors.items() if t is None or not t.is_floating_point()), None)
+    if odd is not None:
+        return f"its {odd} " + ("is None" if tensors[odd] is None else f"is {str(tensors[odd].dtype).removeprefix('torch.')}")
     experts = module._parameters[matrices[0]].shape[0]
-    vectors = [tuple(t.shape) for name, t in tensors.items() if name != matrices[0]]
-    return matrices[0] if 1 < experts <= _MOST_EXPERTS and all(shape == (experts,) for shape in vectors) else None
+    vector = next((name for name, t in tensors.items() if name != matrices[0] and tuple(t.shape) != (experts,)), None)
+    if vector is not None:
+        return f"its {vector} {list(tensors[vector].shape)} is no vector of {experts} numbers, one for each expert"
+    if not 1 < experts <= _MOST_EXPERTS:
+        return f"it would choose of {experts} experts, and at most {_MOST_EXPERTS} are known" if experts > 1 else "it would choose of one expert"
+    if not takes(module, 1):
+        return f"it is called with ({', '.join(list(inspect.signature(trial.eager_forward(module)).parameters)[1:])}), not with tokens alone"
+    return in_the_way(module)
 
 
-def _read(module: nn.Module, matrix: str) -> RouterSpec | None:
-    """The spec that computes what the module does, or None."""
+def _read(module: nn.Module, matrix: str) -> RouterSpec | str:
+    """The spec that computes what the module does, or why there is none."""
     experts, hidden = module._parameters[matrix].shape
     sizes = {hidden: _NARROW} if hidden > _NARROW and hidden != experts else {}
     trials = _Trials(module, matrix, sizes)
     if trials.top_k is None:
-        return None
+        return "it does not return (logits [T, E], weights [T, K], ids [T, K])"
     base = RouterSpec(num_experts=experts, hidden=hidden, top_k=trials.top_k, weight=matrix, flattens=trials.flattens)
     # A softmax made to sum to 1 is one over the chosen logits but for rounding: the family's own way comes first.
     formulas = sorted((spec for spec in _formulas(module, base) if trials.same_formula(spec)), key=trials.share_off)
+    reason = "it chooses and weighs by no formula that is known" if not formulas else "in bfloat16 it rounds elsewhere than the routers that are known"
     for spec in itertools.chain.from_iterable(map(_roundings, formulas)):
-        if trials.same_rounding(spec) and misfit(module, "router", spec, sizes) is None:
-            return spec
-    return None
+        if trials.same_rounding(spec):
+            misfitting = misfit(module, "router", spec, sizes)
+            if misfitting is None:
+                return spec
+            reason = f"patched it would compute something else: {misfitting}"
+    return reason
 
 
 def _formulas(module: nn.Module, base: RouterSpec) -> Iterator[RouterSpec]:

@@ -6,22 +6,28 @@ Names decide here, but only about what is *mentioned*: nothing is patched becaus
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..scan import Found, Scan
-from ..site import Refusal
+from ..site import Left, Refusal
+from .near import in_the_way, named
 
 _NAME = re.compile(r"expert|moe", re.IGNORECASE)
+_MIXTURES = ("experts", "expert_list", "scored_block", "parallel_linear")
 _COUNT = re.compile(r"num_.*experts|n_.*experts|num_experts|total_experts", re.IGNORECASE)
 
 
-def suspects(scan: Scan, taken: set[int]) -> list[Refusal]:
+def suspects(scan: Scan, taken: set[int], near: Mapping[int, Left] | None = None) -> list[Refusal]:
     """Refusals for modules that no matcher answered for.
 
     Args:
         scan: the model.
         taken: ids of modules that a matcher took or refused.
+        near: by id what matchers nearly took: where they say why, that is the reason.
     """
     inside = _under(scan, taken)
     refusals, settled = [], set(taken)
@@ -31,13 +37,19 @@ def suspects(scan: Scan, taken: set[int]) -> list[Refusal]:
                 continue
             settled.add(id(found.module))
             inside |= {id(m) for m in found.module.modules()}
-            refusals.append(_refuse(found, reason))
+            refusals.append(_refuse(found, _said(found, near or {}) or reason))
     for found in scan:
         if id(found.module) in inside or not _counts_experts(found) or _near(found, settled):
             continue
         settled.add(id(found.module))
         inside |= {id(m) for m in found.module.modules()}
-        refusals.append(_refuse(found, "no matcher takes a mixture of this form"))
+        refusals.append(_refuse(found, _said(found, near or {}) or "no matcher takes a mixture of this form"))
+    for found in scan:
+        if id(found.module) in inside or not _called_experts(found) or _near(found, settled):
+            continue
+        settled.add(id(found.module))
+        inside |= {id(m) for m in found.module.modules()}
+        refusals.append(_refuse(found, _said(found, near or {}) or "no matcher takes experts of this form"))
     order = {found.fqns: i for i, found in enumerate(scan)}
     return sorted(refusals, key=lambda r: order[r.fqns])
 
@@ -45,6 +57,12 @@ def suspects(scan: Scan, taken: set[int]) -> list[Refusal]:
 def _refuse(found: Found, reason: str) -> Refusal:
     hint = "It keeps its own forward. To serve it, register a matcher (moepatch.register_matcher)."
     return Refusal(fqns=found.fqns, class_name=type(found.module).__name__, reason=reason, hint=hint)
+
+
+def _said(found: Found, near: Mapping[int, Left]) -> str | None:
+    """What was in the way of experts: as a matcher said of them or of the block around them, or an adapter or layers that no matcher takes."""
+    said = next((near[id(m)].reason for m in (found.module, *(parent for parent, _ in found.parents)) if id(m) in near and near[id(m)].kind in _MIXTURES), None)
+    return said or in_the_way(found.module)
 
 
 def _under(scan: Scan, taken: set[int]) -> set[int]:
@@ -68,7 +86,8 @@ def _named(found: Found) -> bool:
 def is_list(found: Found) -> bool:
     """A list or dict called experts that holds at least two modules of one class with weights."""
     classes = [type(child) for child in found.module.children() if next(child.parameters(), None) is not None]
-    return isinstance(found.module, (nn.ModuleList, nn.ModuleDict)) and _named(found) and len(classes) > 1 and len(set(classes)) == 1
+    called = _named(found) or any("expert" in cls.__name__.lower() for cls in classes)
+    return isinstance(found.module, (nn.ModuleList, nn.ModuleDict)) and called and len(classes) > 1 and len(set(classes)) == 1
 
 
 def _owns_stack(found: Found) -> bool:
@@ -78,8 +97,39 @@ def _owns_stack(found: Found) -> bool:
     return _named(found) and any(p.ndim >= 3 and p.shape[0] > 1 for p in found.module.parameters(recurse=False))
 
 
+def _called_experts(found: Found) -> bool:
+    """A module that is called experts, not shared ones, and has matrices."""
+    attribute, name = found.fqn.rpartition(".")[2], type(found.module).__name__
+    called = re.search(r"(^|_)experts?(_|$)", attribute) or re.search(r"Experts?$", name)
+    return bool(called) and "shared" not in f"{attribute} {name}".lower() and any(p.ndim >= 2 for p in found.module.parameters()) and found.parents != ()
+
+
 def _counts_experts(found: Found) -> bool:
     """A plain attribute that counts experts, on a module that is called one and has weights."""
     module = found.module
     counted = any(_COUNT.fullmatch(k) and type(v) is int and v > 1 for k, v in vars(module).items())
-    return counted and _named(found) and next(module.parameters(), None) is not None and found.parents != ()
+    return counted and _named(found) and not named(found, "router") and next(module.parameters(), None) is not None and found.parents != ()
+
+
+def expert_signs(model: nn.Module) -> str | None:
+    """What in a model speaks of experts, in words: its configuration, names or stacked weights. None if nothing does."""
+    for name, value in _counts(vars(model).get("config")):
+        return f"its configuration counts experts ({name}={value})"
+    for found in Scan(model):
+        attribute, name = found.fqn.rpartition(".")[2], type(found.module).__name__
+        called = re.search(r"expert|(^|_)moe(_|$)", attribute, re.IGNORECASE) or re.search(r"Expert|MoE", name)
+        if called and found.fqn and next(found.module.parameters(), None) is not None:
+            return f"{found.fqn} ({name}) is called so"
+    return None
+
+
+def _counts(config: object) -> Iterator[tuple[str, Any]]:
+    """The fields of a configuration, or of one nested in it, that count experts, more than one."""
+    fields = vars(config) if isinstance(config, PreTrainedConfig) else config if isinstance(config, Mapping) else {}
+    for name, value in fields.items():
+        if isinstance(name, str) and _COUNT.fullmatch(name) and not re.search(r"per_tok|shared", name):
+            most = max((v for v in (value if isinstance(value, (list, tuple)) else [value]) if type(v) is int), default=0)
+            if most > 1:
+                yield name, value
+        elif isinstance(value, (Mapping, PreTrainedConfig)):
+            yield from _counts(value)

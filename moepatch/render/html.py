@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
 from typing import TYPE_CHECKING
 
 from . import words
+from .words import html as escape
 
 if TYPE_CHECKING:
     from ..inspection import BackendRow, Inspection
     from ..planning import Pattern, Plan
     from ..reporting import Report
-    from ..site import Refusal
+    from ..site import Left, Refusal
     from ..verify import Verified
 
 # Only greys that are half transparent, and colours of medium lightness: both show on white and on black.
@@ -25,18 +25,24 @@ _BODY = "font-family:system-ui,sans-serif;font-size:13px;line-height:1.45;color:
 _CODE = "font-family:ui-monospace,monospace;font-size:12px;background:transparent;color:inherit;padding:0;white-space:nowrap;"
 
 
+def html_of_plan(plan: Plan) -> str:
+    """The plan as an HTML fragment with inline styles; lists of names unfold."""
+    return _fragment(words.first_line(plan, "would be patched"), [], _patterns(plan, "now", "planned"), _refusals(plan.refusals), _near_misses(plan.left))
+
+
 def html_of_report(report: Report) -> str:
     """The report as an HTML fragment with inline styles; lists of names and of single differences unfold."""
     plan = report.plan
     checked = sum(1 for v in report.verified if v.differences)
-    cards = [_card("patched", words.patched_words(report).removesuffix(" patched"))]
+    cards = [_card("patched", f"{report.patched} module{'' if report.patched == 1 else 's'}")]
     cards += [_card("verified", f"{checked} of {len(report.verified)} patterns")] if report.verified else []
     cards += [_card(step, f"{seconds:.2f} s") for step, seconds in report.seconds.items()]
     return _fragment(
-        plan.model_class,
+        words.first_line(plan, "are patched"),
         cards,
         _patterns(plan, "before", "now"),
         _refusals(plan.refusals),
+        _near_misses(plan.left),
         _verified(report.verified),
         _bullets("Notes", report.notes),
         _bullets("Compiled", tuple(map(str, report.compiled))),
@@ -55,13 +61,14 @@ def html_of_inspection(inspection: Inspection) -> str:
     cards += [_card("files", words.sizes(inspection.weights.bytes_by_dtype))] if inspection.weights is not None else []
     colour = {0: _GOOD, 2: _FAIR, 3: _BAD}[inspection.exit_code]
     cards.append(_card("result", words.verdict(inspection), colour))
-    titles = ("before", "now") if inspection.patched else ("now", "planned")
+    titles, verb = (("before", "now"), "are patched") if inspection.patched else (("now", "planned"), "would be patched")
     return _fragment(
-        inspection.model_class,
+        words.first_line(inspection.plan, verb),
         cards,
         _experts(inspection),
         _patterns(inspection.plan, *titles),
         _refusals(inspection.plan.refusals),
+        _near_misses(inspection.plan.left),
         _bullets("Warnings", inspection.warnings, _FAIR),
         _backends(words.backends_for(inspection)),
         f'<div style="opacity:.75;margin-top:8px">source: {escape(inspection.source)}</div>',
@@ -136,7 +143,7 @@ def _pattern(pattern: Pattern) -> tuple[str, ...]:
         f"{escape(pattern.name)}<br>{_names(pattern.fqns)}",
         str(len(pattern.sites)),
         escape(pattern.site.now),
-        _text(words.planned(pattern), _GOOD if pattern.backend else _FAIR),
+        _text(words.planned(pattern), {"good": _GOOD, "slow": "inherit", "none": _FAIR}[words.colour_of(pattern)]),
         escape(words.why(pattern)),
     )
 
@@ -149,6 +156,11 @@ def _refusals(refusals: tuple[Refusal, ...]) -> str:
         for refusal, fqns in words.gathered(refusals)
     ]
     return _block("Left alone", _table(("modules", "class", "reason", "what would help"), rows))
+
+
+def _near_misses(left: tuple[Left, ...]) -> str:
+    rows = [(_names(fqns), _text(text, _FAIR)) for text, fqns in words.near_misses(left)]
+    return _block("Nearly of a kind, and left alone", _table(("modules", "reason"), rows)) if rows else ""
 
 
 def _verified(verified: tuple[Verified, ...]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from ..inspection import BackendRow, Inspection
     from ..planning import Pattern, Plan
     from ..reporting import Report
-    from ..site import Refusal
+    from ..site import Left, Refusal
     from ..verify import Verified
 
+#: Colours of `words.colour_of`.
+_STYLES = {"good": "green", "slow": "", "none": "yellow"}
 #: Columns where the output is not a terminal and COLUMNS is not set.
 _WIDTH = 120
 
@@ -48,7 +51,7 @@ def console(stream: TextIO | None = None) -> Console:
     stream = stream or sys.stdout
     coloured = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     width = shutil.get_terminal_size((_WIDTH, 24)).columns
-    return Console(file=stream, width=width, force_terminal=coloured, no_color=not coloured, highlight=False, markup=False, emoji=False)
+    return Console(file=stream, width=width, force_terminal=coloured, force_jupyter=False, no_color=not coloured, highlight=False, markup=False, emoji=False)
 
 
 def print_view(view: RenderableType, stream: TextIO | None = None) -> None:
@@ -59,18 +62,19 @@ def print_view(view: RenderableType, stream: TextIO | None = None) -> None:
 
 def view_of_plan(plan: Plan) -> Group:
     """What `text_of_plan` prints."""
-    return Group(Text(plan.model_class, "bold"), *_blocks(_patterns(plan, "now", "planned"), _refusals(plan.refusals)))
+    head = Text(words.first_line(plan, "would be patched"), "bold")
+    return Group(head, *_blocks(_patterns(plan, "now", "planned"), _left_alone(plan)))
 
 
 def view_of_report(report: Report) -> Group:
     """What `text_of_report` prints."""
-    head = _Line([(report.plan.model_class, "bold"), (words.patched_words(report), "")])
+    head = Text(words.first_line(report.plan, "are patched"), "bold")
     seconds = [_Line([("seconds", "dim"), *((f"{step} {value:.2f}", "") for step, value in report.seconds.items())])]
     return Group(
         head,
         *_blocks(
             _patterns(report.plan, "before", "now"),
-            _refusals(report.plan.refusals),
+            _left_alone(report.plan),
             _verified(report.verified),
             _bullets("notes", report.notes),
             _bullets("compiled", tuple(map(str, report.compiled))),
@@ -86,7 +90,8 @@ def view_of_inspection(inspection: Inspection) -> Group:
     for group in inspection.estimate.groups:
         kept = [f"keeps {words.kept(group)}"] if words.kept(group) else []
         lines.append(_Line([("experts", "bold"), *((p, "") for p in (*words.group_parts(group, inspection.estimate), *kept))]))
-    titles = ("before", "now") if inspection.patched else ("now", "planned")
+    titles, verb = (("before", "now"), "are patched") if inspection.patched else (("now", "planned"), "would be patched")
+    lines.append(_fact("share", words.shared(inspection.plan.share, verb)))
     style = {0: "green", 2: "yellow", 3: "red"}[inspection.exit_code]
     end = [_fact("files", words.sizes(inspection.weights.bytes_by_dtype))] if inspection.weights is not None else []
     end += [_fact("source", inspection.source), _fact("result", words.verdict(inspection), style)]
@@ -94,8 +99,8 @@ def view_of_inspection(inspection: Inspection) -> Group:
         *lines,
         *_blocks(
             _patterns(inspection.plan, *titles),
-            _refusals(inspection.plan.refusals),
-            _backends(words.backends_for(inspection)),
+            _left_alone(inspection.plan),
+            _tables(words.backends_for(inspection)),
             _bullets("warnings", inspection.warnings, "yellow"),
             end,
         ),
@@ -137,7 +142,7 @@ def _text(view: RenderableType, stream: TextIO | None = None) -> str:
     """Renders as `console(stream)` would, into a string whose lines have no blanks at the end."""
     target, buffer = console(stream), io.StringIO()
     target.file = buffer
-    target.print(view)
+    target.print(_Plain(view))
     return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().split("\n"))
 
 
@@ -170,7 +175,7 @@ def _patterns(plan: Plan, before: str, after: str) -> list[RenderableType]:
             table.add_row()
             table.add_row(Text(title, "bold underline"))
         for pattern in patterns:
-            after_text = Text(words.planned(pattern), "green" if pattern.backend else "yellow")
+            after_text = Text(words.planned(pattern), _STYLES[words.colour_of(pattern)])
             table.add_row(pattern.name, str(len(pattern.sites)), pattern.site.now, after_text, words.why(pattern))
     return [table, "", *_modules(plan.patterns)]
 
@@ -178,18 +183,29 @@ def _patterns(plan: Plan, before: str, after: str) -> list[RenderableType]:
 def _modules(patterns: tuple[Pattern, ...]) -> list[RenderableType]:
     """Where the modules of each pattern are; with their sizes where there are several patterns, which may share a name."""
     lines: list[RenderableType] = [Text("modules", "bold")]
-    several = len(patterns) > 1
     for pattern in patterns:
-        label = _Line([(pattern.name, "dim"), (pattern.site.spec.describe(), "dim")])
-        lines += [Padding(label, (0, 0, 0, 2))] if several else []
-        lines.append(Padding(Text("\n".join(words.collapse(pattern.fqns))), (0, 0, 0, 4 if several else 2)))
+        label = [(pattern.name, "dim"), (pattern.site.spec.describe(), "dim")] if len(patterns) > 1 else []
+        lines.append(Padding(_Line([*label, *((name, "") for name in words.few(pattern.fqns, words.MOST_NAMES))]), (0, 0, 0, 2)))
     return lines
 
 
+def _left_alone(plan: Plan) -> list[RenderableType]:
+    """What was refused, then what was nearly taken."""
+    lines = [*_refusals(plan.refusals), *_near_misses(plan.left)]
+    return [Text("left alone", "bold yellow"), *lines] if lines else []
+
+
+def _near_misses(left: tuple[Left, ...]) -> list[RenderableType]:
+    groups, lines = words.near_misses(left), []
+    for text, fqns in groups[: words.MOST_LEFT]:
+        lines.append(Padding(Text(f"{text}.", "yellow"), (0, 0, 0, 2)))
+        lines.append(Padding(_Line([(name, "dim") for name in words.few(fqns, words.MOST_NAMES_LEFT)]), (0, 0, 0, 4)))
+    more = sum(len(fqns) for _, fqns in groups[words.MOST_LEFT :])
+    return [*lines, Padding(Text(f"… and {more} more modules: the plan's left has them all.", "yellow"), (0, 0, 0, 2))] if more else lines
+
+
 def _refusals(refusals: tuple[Refusal, ...]) -> list[RenderableType]:
-    if not refusals:
-        return []
-    lines: list[RenderableType] = [Text("left alone", "bold yellow")]
+    lines: list[RenderableType] = []
     for refusal, fqns in words.gathered(refusals):
         count = f"{len(fqns)} × " if len(fqns) > 1 else ""
         lines.append(Padding(Text("\n".join(words.collapse(fqns))), (0, 0, 0, 2)))
@@ -231,6 +247,18 @@ def _backends(rows: tuple[BackendRow, ...]) -> list[RenderableType]:
     return [table]
 
 
+def _tables(rows: tuple[BackendRow, ...]) -> list[RenderableType]:
+    """The backends of each table on one line: those that can serve here, and the others with what they lack."""
+    table = _table(Column("backends", no_wrap=True), Column("here", overflow="fold"), Column("not here", overflow="fold"))
+    by_table: dict[str, list[BackendRow]] = {}
+    for row in rows:
+        by_table.setdefault(row.table, []).append(row)
+    for name, group in by_table.items():
+        there = ", ".join(row.name for row in group if row.why_not is None)
+        table.add_row(name, Text(there, "green"), Text(words.missing(group), "yellow"))
+    return [table]
+
+
 def _bullets(title: str, texts: tuple[str, ...], style: str = "") -> list[RenderableType]:
     if not texts:
         return []
@@ -244,6 +272,17 @@ def _fact(name: str, value: str, style: str = "") -> RenderableType:
     table = Table.grid(Column(width=6), Column(overflow="fold"), padding=(0, 2))
     table.add_row(Text(name, "bold"), Text(value, style))
     return table
+
+
+class _Plain:
+    """A view without the control characters that names in it may hold: the one place where text goes to a terminal."""
+
+    def __init__(self, view: RenderableType):
+        self.view = view
+
+    def __rich_console__(self, target: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in target.render(self.view, options):
+            yield Segment(words.plain(text), style, control)
 
 
 class _Line:

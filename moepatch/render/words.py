@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from html import escape
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,17 @@ if TYPE_CHECKING:
     from ..inspection import BackendRow, Inspection
     from ..planning import Choice, Pattern, Plan
     from ..reporting import Report
-    from ..site import Refusal
+    from ..site import Left, Refusal
+    from ..work import Share
 
 #: Of a step that memory is said for.
 _TOKENS = 4096
 #: Runs of layer numbers beyond this many are cut in the middle.
 _MOST_RUNS = 8
+#: Groups of near misses, names of one of them, and of a pattern, that a text has room for.
+MOST_LEFT, MOST_NAMES_LEFT, MOST_NAMES = 10, 2, 4
+#: What a terminal would obey: control characters of both sets, but for the line feed.
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 #: Reasons that differ from backend to backend in how they are put. What exactly is missing is said in the table of backends and in JSON.
 _SAME = ((re.compile("not installed"), "not installed"), (re.compile(r"(CUDA|NVIDIA)( GPUs?)?(, this is \w+)?$"), "needs a GPU"))
 
@@ -37,6 +43,16 @@ def collapse(fqns: Iterable[str]) -> list[str]:
         parts = tuple(fqn.split("."))
         shapes.setdefault(tuple("#" if part.isdecimal() else part for part in parts), []).append(parts)
     return [name for rows in shapes.values() for name in _collapse_rows(rows)]
+
+
+def few(fqns: Iterable[str], most: int) -> list[str]:
+    """Collapsed names, of many the first, and how many more there are.
+
+    >>> few(["a", "b", "c", "d"], 3)
+    ['a', 'b', '… and 2 more names']
+    """
+    names = collapse(fqns)
+    return names if len(names) <= most else [*names[: most - 1], f"… and {len(names) - most + 1} more names"]
 
 
 def _collapse_rows(rows: list[tuple[str, ...]]) -> list[str]:
@@ -133,6 +149,59 @@ def expert_sizes(group: ExpertGroup) -> str:
     return f"{experts} K={chosen} {rest}".strip()
 
 
+def plain(text: str) -> str:
+    """A text without control characters: names of modules and classes come from anywhere.
+
+    >>> plain("a\\x1b[31mb")
+    'a[31mb'
+    """
+    return _CONTROL.sub("", text)
+
+
+def html(text: str) -> str:
+    """A text for HTML."""
+    return escape(plain(text))
+
+
+def percent(share: float) -> str:
+    """A share, rounded so that only all of it is 100 % and only nothing is 0 %.
+
+    >>> percent(0.9712), percent(0.9999), percent(1.0), percent(0.0003), percent(0.004)
+    ('97 %', '99.9 %', '100 %', '0.1 %', '0.4 %')
+    """
+    if share in (0, 1):
+        return f"{share:.0%}".replace("%", " %")
+    if 0.01 <= share < 0.995:
+        return f"{100 * share:.0f} %"
+    return f"{min(99.9, max(0.1, 100 * share)):.1f} %"
+
+
+def shared(share: Share, verb: str) -> str:
+    """How much of a step is patched, as the end of the first line.
+
+    Args:
+        share: of the plan.
+        verb: ``are patched`` or ``would be patched``.
+    """
+    flops = f"{'' if share.exact else 'at least '}{percent(share.share)} of a step's FLOPs"
+    modules = f"{share.patched_modules} of {share.modules} module{'' if share.modules == 1 else 's'} with weights"
+    return f"{flops} and {modules} {verb}"
+
+
+def sentence(near: Left, count: int) -> str:
+    """A near miss: ``48 × Attention keep their own forward: the argument `cache` is not known``."""
+    return f"{near.class_name} keeps its own forward: {near.reason}" if count == 1 else f"{count} × {near.class_name} keep their own forward: {near.reason}"
+
+
+def near_misses(left: Iterable[Left]) -> list[tuple[str, tuple[str, ...]]]:
+    """Near misses of one class and one reason as one sentence, with the names of all modules; the largest groups first."""
+    groups: dict[tuple[str, str, str], list[Left]] = {}
+    for near in left:
+        groups.setdefault((near.kind, near.class_name, near.reason), []).append(near)
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    return [(sentence(group[0], len(group)), tuple(near.fqn for near in group)) for group in ordered]
+
+
 def gathered(refusals: Iterable[Refusal]) -> list[tuple[Refusal, tuple[str, ...]]]:
     """Refusals that say the same, once, with the names of all modules."""
     groups: dict[tuple[str, str, str], list[Refusal]] = {}
@@ -159,12 +228,22 @@ def why(pattern: Pattern) -> str:
     return pattern.why.replace(listed, _together(passed)) if passed else pattern.why
 
 
+def missing(rows: Iterable[BackendRow]) -> str:
+    """The backends that cannot serve, with what they lack: ``needs a GPU: cudnn; not installed: te, fa4``."""
+    lacking = [row for row in rows if row.why_not is not None]
+    return _by_reason([(row.name, row.why_not) for row in lacking])
+
+
 def _together(passed: list[Choice]) -> str:
+    return _by_reason([(choice.backend, choice.why_not) for choice in passed])
+
+
+def _by_reason(passed: list[tuple[str, str]]) -> str:
     """``needs a GPU: cudnn; not installed: te, fa4``."""
     names: dict[str, list[str]] = {}
-    for choice in passed:
-        reason = next((short for wording, short in _SAME if wording.search(choice.why_not)), choice.why_not)
-        names.setdefault(reason, []).append(choice.backend)
+    for name, why_not in passed:
+        reason = next((short for wording, short in _SAME if wording.search(why_not)), why_not)
+        names.setdefault(reason, []).append(name)
     return "; ".join(f"{reason}: {', '.join(backends)}" for reason, backends in names.items())
 
 
@@ -174,22 +253,41 @@ def backends_for(inspection: Inspection) -> tuple[BackendRow, ...]:
     return tuple(row for row in inspection.backends if row.table in tables or not inspection.plan.patterns)
 
 
-def patched_words(report: Report) -> str:
-    """How much of the model was patched."""
-    return f"{report.patched} module{'' if report.patched == 1 else 's'} patched"
+def first_line(plan: Plan, verb: str) -> str:
+    """The model and how much of its step is patched."""
+    return f"{plan.model_class}: {shared(plan.share, verb)}"
+
+
+def colour_of(pattern: Pattern) -> str:
+    """How well a pattern is served: ``good``, ``slow`` (by plain torch, for want of something faster) or ``none``."""
+    if pattern.backend is None:
+        return "none"
+    return "slow" if pattern.backend == "reference" else "good"
+
+
+def no_mixture(plan: Plan) -> str:
+    """What to say of a model of whose mixture of experts nothing is served."""
+    if plan.refusals or plan.mixture_left:
+        return "its mixture of experts is left alone: see the reasons"
+    if plan.mixture:
+        return "its mixture of experts is left alone, as was asked"
+    if plan.signs is not None:
+        return f"none of its modules was recognised as experts, though {plan.signs}"
+    return "there is no mixture of experts in this model"
 
 
 def verdict(inspection: Inspection) -> str:
     """What an inspection comes to."""
     plan, verb = inspection.plan, "is patched" if inspection.patched else "can be patched"
     dense = any(p.backend for p in plan.patterns if KINDS[p.site.kind].dense)
-    if inspection.exit_code == 3:
+    if not any(p.backend for p in plan.patterns):
         return "nothing here that moepatch can patch"
+    if inspection.exit_code == 3:
+        return f"the dense half {verb}, the mixture of experts is left alone"
     if inspection.exit_code == 2:
-        some = any(p.backend for p in plan.mixture)
-        return f"some of it {verb}, some is left alone" if some else f"the dense half {verb}, the mixture of experts is left alone"
+        return f"some of it {verb}, some is left alone"
     if not plan.mixture:
-        return f"the dense half {verb}; there is no mixture of experts in it"
+        return f"the dense half {verb}; " + (no_mixture(plan) if plan.signs else "there is no mixture of experts in it")
     return f"every mixture of experts {verb}" + (", and so is the dense half" if dense and inspection.patched else ", and the dense half" if dense else "")
 
 

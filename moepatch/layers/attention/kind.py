@@ -126,4 +126,5 @@ ATTENTION_FUNCTION = Kind(
     trial=trial,
     bench=bench,
     dense=True,
+    only_itself=True,
 )
