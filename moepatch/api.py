@@ -26,6 +26,7 @@ from .parallel.agree import together
 from .parallel.apply import Dispatch, choose_dispatch, shard, why_whole
 from .parallel.memory import why_not_whole
 from .planning import Pattern, Plan
+from .progress import counted
 from .regional import compile_layers, layer_graphs
 from .reporting import Report
 from .scan import outermost_pretrained
@@ -127,11 +128,14 @@ def _carried_out(
             with _timed(seconds, "apply"):
                 apply(model, plan, journal)
             with _timed(seconds, "verify"):
-                verified = tuple(verify_pattern(model, p) for p in plan.patterns if p.backend) if verify else ()
+                tried = [p for p in plan.patterns if p.backend and verify]
+                with counted(tried, "verifying", lambda p: f"{p.name} ({p.backend})") as turns:
+                    verified = tuple(verify_pattern(model, p) for p in turns)
             relayout(model, plan, journal)
             if mesh is not None:
-                with _timed(seconds, "shard"):
-                    shard(model, plan, mesh, moved, fsdp, journal)
+                with _timed(seconds, "shard"), counted((model,), "sharding", lambda whole: type(whole).__name__) as turns:
+                    for whole in turns:
+                        shard(whole, plan, mesh, moved, fsdp, journal)
             for step in compile_layers(model) if compile else ():
                 journal.do(step)
     except BaseException:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from .errors import BackendUnavailable, PlanMismatch
 from .kinds import KINDS
 from .match.suspects import suspects
 from .needs import best_device
+from .progress import counted
 from .scan import Scan
 from .site import Left, Refusal, Site
 
@@ -224,7 +225,8 @@ def make_plan(
     """
     if numerics not in NUMERICS:
         raise PlanMismatch(f"numerics is {numerics!r}; it can be {' or '.join(NUMERICS)}.")
-    sites, refusals, left = match(Scan(model))
+    with counted(registry.matchers(), "matching", lambda matcher: matcher.name) as turns:
+        sites, refusals, left = match(Scan(model), turns)
     asked = {*asked, *(overrides or ())}
     sites = [site for site in sites if not KINDS[site.kind].on_request or KINDS[site.kind].backends in asked]
     groups: dict[tuple, list[Site]] = {}
@@ -235,7 +237,7 @@ def make_plan(
     return plan.with_backends(**overrides) if overrides else plan
 
 
-def match(scan: Scan) -> tuple[list[Site], list[Refusal], list[Left]]:
+def match(scan: Scan, matchers: Iterable[registry.Matcher] | None = None) -> tuple[list[Site], list[Refusal], list[Left]]:
     """Asks the matchers about every module. Modules inside a site belong to it; only matchers that look around are asked about its holders.
 
     A matcher that nearly took a module answers `Left`; that stands unless another one takes the module.
@@ -245,7 +247,7 @@ def match(scan: Scan) -> tuple[list[Site], list[Refusal], list[Left]]:
     near: dict[int, Left] = {}
     inside: set[int] = set()
     holding: set[int] = set()
-    for matcher in registry.matchers():
+    for matcher in registry.matchers() if matchers is None else matchers:
         for found in scan:
             key = id(found.module)
             if key in answers or not matcher.around and (key in inside or key in holding):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from moepatch.layers.attention.exact import plain_attention
 from moepatch.layers.attention.function import kernels
 from moepatch.layers.attention.kernel import How
 from moepatch.layers.attention.sinks import attend, attend_backward
+from moepatch.layers.attention.spec import AttentionSpec
 from moepatch.trial import LOW_PRECISION_FACTOR
 
 pytestmark = pytest.mark.gpu
@@ -95,6 +97,61 @@ def test_bf16_by_the_three_way_rule():
     if not compare.error(ours, exact) <= LOW_PRECISION_FACTOR * compare.error(theirs, exact):
         wrong.append(f"sinks of all forms: {compare.error(ours, exact):.1e}, the family {compare.error(theirs, exact):.1e}")
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+#: Tried besides those that are served, to know whether they could be: (keys, values).
+OTHERS = ((16, 16), (32, 32), (96, 96), (192, 128), (256, 256))
+LENGTHS = (24, 128, 160, 640, 4096)
+HEADS = ((8, 8), (8, 2))
+WINDOWS = {"causal": (-1, 0), "all": (-1, -1), "window": (63, 0)}
+
+
+def wrong_by(dims, length, heads, window, sinks):
+    """The largest error of result and gradients against fp32, over what plain attention in bf16 has."""
+    (d, dv), (h, g), (rows, seed) = dims, heads, (2 if length < 1024 else 1, 0)
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def made(*shape):
+        return torch.randn(shape, device="cuda", generator=generator).bfloat16()
+
+    low = [made(rows, length, h, d), made(rows, length, g, d), made(rows, length, g, dv), nn.Parameter(made(h)) if sinks else None, made(rows, length, h, dv)]
+    ours = at_once(fa4._raw(), *low, window)
+    truth = eager(*(t if t is None else nn.Parameter(t.detach().float()) if i == 3 else t.float() for i, t in enumerate(low)), window)
+    theirs = eager(*low, window)
+    return max(
+        compare.error(ours[key], value) / max(LOW_PRECISION_FACTOR * compare.error(theirs[key], value), 1e-5) for key, value in truth.items() if key != "sinks"
+    )
+
+
+def tried(dims):
+    """The forms with these head dims that are wrong, and by how much they miss the limit."""
+    found = {}
+    for length, heads, (name, window), sinks in itertools.product(LENGTHS, HEADS, WINDOWS.items(), (False, True)):
+        try:
+            factor = wrong_by(dims, length, heads, window, sinks)
+        except Exception as error:  # a library may fail in any way on what it was not made for
+            factor = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+        if not isinstance(factor, float) or not factor <= 1:
+            found[f"{length} tokens {heads[0]}/{heads[1]} {name}{' sinks' if sinks else ''}"] = factor
+    return found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dims", sorted(fa4.TRIED[9]), ids=str)
+def test_the_head_dims_that_are_served_are_right(dims):
+    wrong = tried(dims)
+    assert not wrong, "\n" + "\n".join(f"{form}: {by}" for form, by in wrong.items())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dims", OTHERS, ids=str)
+def test_other_head_dims_are_refused(dims, capsys):
+    """And prints what they would give: those without a wrong form may move to `fa4.TRIED`."""
+    spec = AttentionSpec(heads=8, kv_heads=2, head_dim=dims[0], v_head_dim=dims[1])
+    assert "was tried with head dims" in fa4.FA4.why_not(spec, torch.bfloat16, torch.device("cuda"))
+    wrong = tried(dims)
+    with capsys.disabled():
+        print(f"\nFlashAttention 4, head dims {dims}: {len(wrong)} wrong forms" + "".join(f"\n  {form}: {by}" for form, by in list(wrong.items())[:6]))
 
 
 def test_nothing_waits_for_the_device():

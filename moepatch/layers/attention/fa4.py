@@ -23,7 +23,7 @@ _FORWARD = {"softmax_scale", "causal", "window_size_left", "window_size_right", 
 _BACKWARD = _FORWARD - {"return_lse"}
 
 #: Head dims of queries and keys, and of values, by major compute capability, that were tried forward and backward against fp32: 24 to 4096 tokens,
-#: causal or not, grouped heads, windows, sinks, packed. tests/test_gpu_attention_fa4.py tries them again, and others: with 16 the gradient of the
+#: causal or not, grouped heads, windows, sinks. tests/test_gpu_attention_fa4.py tries them again, and others: with 16 the gradient of the
 #: queries is off by 0.65 at 160 tokens, without a word.
 TRIED: dict[int, frozenset[tuple[int, int]]] = {9: frozenset({(64, 64), (128, 128)})}
 
