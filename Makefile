@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 OLDEST := 5.17.0
+# What the kernels are compiled with: the version that belongs to the oldest torch that is supported.
+TRITON := 3.6.0
 
 # Where there is no GPU, torch is pinned to the version of the constraints; where there is one, pip's own choice has CUDA.
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
@@ -14,7 +16,7 @@ export OMP_WAIT_POLICY := passive
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest clean
+.PHONY: help demo test test-oldest kernels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -28,8 +30,17 @@ test: .venv/stamp  ## run the tests
 test-oldest: .venv-oldest/stamp  ## run the tests with the oldest transformers that is supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
 
+kernels: .venv-triton/triton  ## compile the Triton kernels for every known GPU, without one: docs/gpus.md, and its test (about half an hour)
+	OMP_NUM_THREADS=1 .venv-triton/bin/python bench/kernel_requirements.py
+	OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest tests/test_gpus.py
+
+# Compiling needs no GPU, but Triton, which torch for the CPU comes without.
+.venv-triton/triton: .venv-triton/stamp Makefile
+	.venv-triton/bin/python -m pip install -q triton==$(TRITON)
+	touch $@
+
 clean:  ## remove the environments and everything generated
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-triton build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv-oldest/stamp: REPLACE := s/^transformers==.*/transformers==$(OLDEST)/

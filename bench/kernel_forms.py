@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 import pkgutil
 import warnings
@@ -25,16 +26,17 @@ from triton.runtime import jit
 
 import moepatch.kernels
 from moepatch import planning, registry
-from moepatch.kernels import launch, norm, rope, routes
+from moepatch.gpus import Gpu
+from moepatch.kernels import cross_entropy, launch, norm, requirements, rope, ssd, symm_mem, symm_mem_back, symm_mem_out
 from moepatch.layers.attention import sink_kernels
+from moepatch.layers.loss.chunked import Formula
+from moepatch.layers.mixers import ssd_triton
 from moepatch.kinds import KINDS
 from moepatch.piece import piece
 from moepatch.replica import replica, slice_fill
 from moepatch.trial import Call
 
 META = torch.device("meta")
-#: Multiprocessors that tiles are chosen for: an H200's.
-_PROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Form:
 class Recorder:
     """Stands in the place of ``JITFunction.run``."""
 
-    def __init__(self):
+    def __init__(self, gpu: Gpu):
+        self.gpu = gpu
         self.forms: dict[tuple, Form] = {}
         self.table = ""
         self._backend = make_backend(GPUTarget("cuda", 90, 32))
@@ -98,44 +101,96 @@ class Recorder:
             tuple((at, tuple(map(tuple, pairs))) for at, pairs in attributes.items()),
             tuple((name, value) for name, value in given.items() if name not in names),
         )
-        key = (parts[0], *map(str, parts[2:]))
+        key = (*parts[:2], *map(str, parts[2:]))
         self.forms.setdefault(key, Form(*parts, function))
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Recorder]:
-    """While this is entered, own kernels run on tensors of the meta device, and are written down."""
+def recording(gpu: Gpu) -> Iterator[Recorder]:
+    """While this is entered, own kernels run on tensors of the meta device as they would on a GPU, and are written down."""
     for module in pkgutil.iter_modules(moepatch.kernels.__path__):  # while the variable below is set, Triton would make them interpreted functions
         importlib.import_module(f"moepatch.kernels.{module.name}")
-    recorder = Recorder()
-    processors = mock.Mock(side_effect=lambda index: _PROCESSORS)
-    with (
+    recorder = Recorder(gpu)
+    patches = (
         mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),  # what lets kernels take tensors that are on no GPU
+        mock.patch.object(torch.nn.functional, "grouped_mm", _grouped_mm),
+        mock.patch.object(requirements, "requirements", lambda: {"tables": {}}),  # which are what is being found out
         mock.patch.object(launch, "_is_direct", lambda kernel: False),
         mock.patch.object(jit.JITFunction, "run", lambda function, *args, **given: recorder.run(function, *args, **given)),
-        mock.patch.object(norm, "multiprocessors", processors),
-        mock.patch.object(rope, "multiprocessors", processors),
+        *(mock.patch.object(module, "multiprocessors", lambda index: gpu.processors) for module in (norm, rope)),
+        *(mock.patch.object(module, "shared_memory", lambda index: gpu.shared) for module in (norm, ssd_triton)),
         warnings.catch_warnings(),
-    ):
+    )
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
         warnings.simplefilter("ignore")
         yield recorder
 
 
-def record_model(recorder: Recorder, model: nn.Module, tokens: tuple[int, ...]) -> dict[str, str]:
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """Stands for torch's, which has fewer dtypes on the meta device than on a GPU."""
+    return a.new_empty(a.shape[0], b.shape[2]) if b.ndim == 3 else a.new_empty(offs.numel(), a.shape[0], b.shape[1])
+
+
+def record_others(recorder: Recorder, dtype: torch.dtype, hidden: int, vocab: int, top_k: int, head_dim: int) -> None:
+    """What no pattern with a backend of its own launches: the loss, sinks after another library's attention, dispatch between ranks."""
+    rows, wide = 256, torch.float32
+    recorder.table = "loss"
+    logits, labels, loss = torch.empty(rows, vocab, dtype=dtype, device=META), torch.empty(rows, dtype=torch.int64, device=META), torch.empty(rows, device=META)
+    for formula, grads in itertools.product((Formula(), Formula(softcap=30.0)), (True, False)):
+        cross_entropy.launch_rows(logits, labels, loss, torch.empty((), device=META) if grads else None, formula, grads=grads)
+    cross_entropy.launch_scale(logits, torch.empty((), device=META))
+    recorder.table = "attention"
+    out, lse, sinks = torch.empty(1, 8, 640, head_dim, dtype=dtype, device=META), torch.empty(1, 8, 640, device=META), torch.empty(8, dtype=dtype, device=META)
+    sink_kernels.rescale_on_device(out, lse, sinks, torch.empty_like(lse))
+    sink_kernels.gradient_on_device(torch.empty_like(out), out, lse, sinks)
+    recorder.table = "dispatch"
+    x_TH, weights_TK = torch.empty(rows, hidden, dtype=dtype, device=META), torch.empty(rows, top_k, dtype=wide, device=META)
+    ids_TK = torch.empty(rows, top_k, dtype=torch.int32, device=META)
+    world = 8
+    peers = symm_mem.Peers([torch.empty(2**30, dtype=torch.uint8, device=META)] * world, torch.empty(world, dtype=torch.int64, device=META), 0)
+    peers.__dict__["starts"] = (2**40,) * world  # addresses, which Triton takes as wide integers
+    edges = symm_mem.Edges((rows,) * world, torch.empty(world + 1, dtype=torch.int32, device=META))
+    y_NH, ids_NK = torch.empty(rows * world, hidden, dtype=dtype, device=META), torch.empty(rows * world, top_k, dtype=torch.int32, device=META)
+    symm_mem_out.publish_tokens(peers, (0, 2**24, 2**25), x_TH, ids_TK, weights_TK, wide, 1.0, 2112)
+    symm_mem_out.publish_tokens(peers, (0, 0, 0), x_TH, None, None, dtype, 1 / world, 2112)
+    symm_mem_out.fetch_tokens(peers, (0, 2**24, 2**25), x_TH, weights_TK, edges, 16, 2112)
+    symm_mem_out.fetch_rows(peers, 0, x_TH, ids_NK, edges, 2112)
+    for numbers in (None, torch.empty(rows * world, top_k, dtype=wide, device=META)):
+        symm_mem_back.stage_rows(peers, (0, 2**25), y_NH, ids_NK, numbers, edges, 2112)
+        symm_mem_back.bring_back(peers, (0, 2**25), y_NH, ids_TK, edges, 16, None if numbers is None else (wide, dtype), 1.0, 2112)
+
+
+def record_ssd(recorder: Recorder, dtype: torch.dtype, state: int, head_dim: int) -> None:
+    """Mamba-2's kernels for heads of one size."""
+    recorder.table, heads = "ssd", 16
+    shape = ssd.Shape(1, 4096, heads, head_dim, 1, state, (0.0, float("inf")), dtype == torch.float32, recorder.gpu.shared)
+    u, dt = torch.empty(1, 4096, heads * head_dim + 2 * state, dtype=dtype, device=META), torch.empty(1, 4096, heads, dtype=dtype, device=META)
+    of_heads = torch.empty(heads, device=META)
+    states, last = ssd.scan_states(u, dt, of_heads, of_heads, shape)
+    y = ssd.scan_outputs(u, dt, of_heads, of_heads, of_heads, states, shape)
+    for grad_last in (None, last):
+        ssd.scan_backward(y, grad_last, u, dt, of_heads, of_heads, of_heads, torch.empty_like(dt), shape)
+
+
+def record_model(recorder: Recorder, model: nn.Module, plan: planning.Plan, tokens: tuple[int, ...]) -> dict[str, str]:
     """Runs one module of every pattern of a model on the meta device with each backend that launches own kernels.
 
     Args:
         model: on the meta device.
+        plan: made for it, anywhere.
         tokens: of the calls.
 
     Returns:
         What could not be run, and why, by pattern and backend.
     """
     failed = {}
-    for pattern in planning.make_plan(model).patterns:
+    for pattern in plan.patterns:
         kind = KINDS[pattern.site.kind]
         for backend in registry.backends(kind.backends):
-            if backend.name != "triton":
+            dtype = getattr(torch, pattern.site.dtype)
+            if backend.name != "triton" or backend.why_not(kind.computes(pattern.site.spec), dtype, recorder.gpu) is not None:
                 continue
             recorder.table = kind.backends
             for count in tokens:

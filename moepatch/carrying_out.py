@@ -21,6 +21,7 @@ from .measure import by_time
 from .parallel.agree import everywhere, together
 from .parallel.apply import Dispatch, shard
 from .planning import Pattern, Plan, next_best
+from .progress import counted
 from .regional import compile_layers
 from .scan import outermost_pretrained
 from .surgery import InjectClass, Journal
@@ -69,7 +70,8 @@ def carry_out(
     journal = Journal()
     try:
         with together("optimize()", mesh):
-            proven = [_proven(model, p, mesh, journal, seconds) if verified and p.backend else _Proven(p) for p in plan.patterns]
+            with counted(plan.patterns, "verifying", lambda p: f"{p.name} ({p.backend})") as turns:
+                proven = [_proven(model, p, mesh, journal, seconds) if verified and p.backend else _Proven(p) for p in turns]
             notes = tuple(note for one in proven for note in one.notes)
             made = replace(plan, patterns=tuple(one.pattern for one in proven))
             if not any(pattern.backend for pattern in made.patterns):
@@ -83,8 +85,9 @@ def carry_out(
                 apply_models(model, journal)
             relayout(model, made, journal)
             if mesh is not None:
-                with timed(seconds, "shard"):
-                    shard(model, made, mesh, moved, fsdp, journal)
+                with timed(seconds, "shard"), counted((model,), "sharding", lambda whole: type(whole).__name__) as turns:
+                    for whole in turns:
+                        shard(whole, made, mesh, moved, fsdp, journal)
             for step in compile_layers(model) if compile else ():
                 journal.do(step)
     except BaseException:

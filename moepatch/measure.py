@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +24,7 @@ from .errors import in_words
 from .kinds import KINDS
 from .piece import piece
 from .planning import Pattern, Plan
+from .progress import counted
 from .replica import slice_fill
 
 TOKENS = 4096
@@ -48,19 +48,15 @@ def fastest(model: nn.Module, plan: Plan, stream: TextIO | None = None) -> Plan:
     Returns:
         The plan; `Pattern.why` of a measured one has the milliseconds of every backend that was tried.
     """
-    stream = stream or sys.stderr
     cache = store.read(_FILE)
     todo = [p for p in plan.patterns if _candidates(p)]
     fresh = [p for p in todo if _key(p) not in cache]
     _start_compilers(fresh)
-    for at, pattern in enumerate(reversed(fresh), 1):  # experts come last: their compilers take a while to start
-        if stream.isatty():
-            stream.write(f"\r\033[Kmoepatch: timing backends, {at} of {len(fresh)}: {pattern.name} ({', '.join(_candidates(pattern))})")
-            stream.flush()
-        cache[_key(pattern)] = {name: _time(model, pattern, name) for name in _candidates(pattern)}
+    # Experts come last: their compilers take a while to start.
+    with counted(fresh[::-1], "timing backends", lambda p: f"{p.name} ({', '.join(_candidates(p))})", stream) as turns:
+        for pattern in turns:
+            cache[_key(pattern)] = {name: _time(model, pattern, name) for name in _candidates(pattern)}
     if fresh:
-        if stream.isatty():
-            stream.write("\r\033[K")
         # Where there was no room, another process may find some.
         store.add(_FILE, {_key(p): cache[_key(p)] for p in fresh if _NO_ROOM not in cache[_key(p)].values()})
     chosen = {id(p): _decided(p, cache[_key(p)]) for p in todo}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from .kinds import KINDS
 from .match.near import near_misses
 from .match.suspects import expert_signs, suspects
 from .needs import best_device
+from .progress import counted
 from .scan import Scan
 from .site import Left, Refusal, Site
 from .work import Share, Work, work_of
@@ -271,7 +272,8 @@ def make_plan(
     if numerics not in NUMERICS:
         raise PlanMismatch(f"numerics is {numerics!r}; it can be {' or '.join(NUMERICS)}.")
     scan = Scan(model)
-    sites, refusals, left = match(scan, {*asked, *(overrides or ())})
+    with counted(registry.matchers(), "matching", lambda matcher: matcher.name) as turns:
+        sites, refusals, left = match(scan, {*asked, *(overrides or ())}, turns)
     groups: dict[tuple, list[Site]] = {}
     for site in sites:
         groups.setdefault((site.kind, site.spec, site.class_name, site.now, site.dtype, site.device), []).append(site)
@@ -281,7 +283,9 @@ def make_plan(
     return plan.with_backends(**overrides) if overrides else plan
 
 
-def match(scan: Scan, asked: Collection[str] = ()) -> tuple[list[Site], list[Refusal], list[Left]]:
+def match(
+    scan: Scan, asked: Collection[str] = (), matchers: Iterable[registry.Matcher] | None = None
+) -> tuple[list[Site], list[Refusal], list[Left]]:
     """Asks the matchers about every module. Modules inside a site belong to it; only matchers that look around are asked about its holders.
 
     A matcher that nearly took a module answers `Left`; that stands unless another one takes the module. Kinds that exist on request are
@@ -297,7 +301,7 @@ def match(scan: Scan, asked: Collection[str] = ()) -> tuple[list[Site], list[Ref
     inside: set[int] = set()
     holding: set[int] = set()
     hollow = _hollow(scan)
-    for matcher in registry.matchers():
+    for matcher in registry.matchers() if matchers is None else matchers:
         for found in scan:
             key = id(found.module)
             if key in answers or key in hollow or not matcher.around and (key in inside or key in holding):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from moepatch.layers.attention.exact import plain_attention
 from moepatch.layers.attention.function import kernels
 from moepatch.layers.attention.kernel import How
 from moepatch.layers.attention.sinks import attend, attend_backward
+from moepatch.layers.attention.spec import AttentionSpec
 from moepatch.trial import LOW_PRECISION_FACTOR
 
 pytestmark = pytest.mark.gpu
@@ -111,6 +113,12 @@ def test_every_head_dim_that_is_taken(dim):
                 if not error <= limit:
                     wrong.append(f"{size} {length} tokens {window} {key}: {error:.1e}, limit {limit:.1e}")
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("dim", [16, 48, 72, 80, 112, 224])
+def test_other_head_dims_are_refused(dim):
+    spec = AttentionSpec(heads=8, kv_heads=2, head_dim=dim, v_head_dim=dim)
+    assert "was tried with head dims" in fa4.FA4.why_not(spec, torch.bfloat16, torch.device("cuda"))
 
 
 def test_nothing_waits_for_the_device():

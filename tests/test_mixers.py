@@ -19,6 +19,7 @@ from interpreter import let_tensors_bound_loops, needs_triton, passes_in_the_int
 from torch import nn
 
 from moepatch import registry
+from moepatch.gpus import GPUS
 from moepatch.kernels import conv, selective, ssd
 from moepatch.kinds import KINDS
 from moepatch.layers.mixers import backends as mixer_backends  # importing it fills the tables
@@ -254,7 +255,7 @@ def check_ssd(batch, tokens, heads, width, groups, state, enough):
     y, last = reference_scan(x.unflatten(-1, (heads, width)), dt, a_log, b, c, d, bias, limits)
     up, up_last = torch.randn(batch, tokens, inner), torch.randn(last.shape)
     wanted = torch.autograd.grad([y.flatten(2), last], leaves, [up, up_last])
-    shape = ssd.Shape(batch, tokens, heads, width, groups, state, limits, True)
+    shape = ssd.Shape(batch, tokens, heads, width, groups, state, limits, True, GPUS["h200"].shared)
     with torch.no_grad():
         states, ours_last = ssd.scan_states(u, dt, a_log, bias, shape)
         close(ssd.scan_outputs(u, dt, a_log, bias, d, states, shape), y.flatten(2))

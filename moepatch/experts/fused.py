@@ -16,8 +16,8 @@ from torch import Tensor
 from ..kernels import gated
 from ..kernels.biases import add_bias_, sum_groups
 from ..kernels.combine import combine_rows, gather_tokens, row_dots
+from ..kernels.requirements import why_not_triton
 from ..kernels.routes import Routing, launches, route
-from ..needs import missing
 from .gemm import rows_times, weight_gradient, why_not_grouped
 from .grouped import grouped_experts
 from .shrink import cut_later
@@ -64,7 +64,7 @@ class TorchGemms(NamedTuple):
 
 def why_not(spec: ExpertsSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
     """See `registry.Backend`."""
-    if (reason := missing(dtype, device, "triton")) is not None:
+    if (reason := why_not_triton("experts", dtype, device)) is not None:
         return reason
     if spec is None:
         return why_not_grouped(dtype, (), device)

@@ -28,11 +28,14 @@ from .ssd_jit import grad_states_kernel, grads_kernel, outputs_kernel, states_ke
 
 #: Programs that fill a large GPU twice; with fewer, the heads of a group are split between programs.
 _ENOUGH = 264
+#: Bytes of shared memory that `grads_kernel` needs with the next tiles under way, beside those for each number of a head's state: docs/gpus.md.
+_AHEAD = (68 * 1024, 12)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one call: sequences, tokens, heads, head width, groups, state, the limits of dt, and whether factors are fp32."""
+    """The sizes of one call: sequences, tokens, heads, head width, groups, state, the limits of dt, whether factors are fp32, and the bytes of shared
+    memory that a block may have on the device."""
 
     batch: int
     tokens: int
@@ -42,6 +45,12 @@ class Shape:
     state: int
     limits: tuple[float, float]
     wide: bool
+    shared: int
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the tiles of the next head fit beside those at work, in the kernel that holds the most. fp32 tiles are too large."""
+        return not self.wide and _AHEAD[0] + _AHEAD[1] * _power(self.state) * _power(self.head_dim) <= self.shared
 
     @property
     def chunk(self) -> int:
@@ -63,10 +72,10 @@ class Shape:
 
     @property
     def constants(self) -> dict[str, int | float]:
-        """The compile-time arguments and options that every kernel has. fp32 tiles are too large to fetch the next ones early."""
+        """The compile-time arguments and options that every kernel has."""
         return {
             "H": self.heads, "P": self.head_dim, "G": self.groups, "N": self.state, "Q": self.chunk,
-            "LOW": float(self.limits[0]), "HIGH": float(self.limits[1]), **({"num_stages": 1} if self.wide else {}),
+            "LOW": float(self.limits[0]), "HIGH": float(self.limits[1]), **({} if self.ahead else {"num_stages": 1}),
         }  # fmt: skip
 
     @property

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..needs import missing
+from ..kernels.requirements import why_not_triton
 from ..registry import register_backend
 from .rope import HeadsSpec, dense_rows, reference_heads
 
@@ -20,7 +20,7 @@ def _reference():
 
 def _why_not(spec, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the own kernels cannot serve; None if they can."""
-    if (reason := missing(dtype, device, "triton")) is not None:
+    if (reason := why_not_triton("attention_block", dtype, device)) is not None:
         return reason
     if spec is not None and spec.heads.head_dim > _LARGEST_HEAD:
         return f"a head of {spec.heads.head_dim} does not fit into registers (at most {_LARGEST_HEAD})"

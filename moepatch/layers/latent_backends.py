@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..needs import missing
+from ..kernels.requirements import why_not_triton
 from ..registry import register_backend
 from .latent_heads import LatentHeads, reference_latent
 
@@ -21,7 +21,7 @@ def _reference():
 
 def _why_not(spec, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the own kernels cannot serve; None if they can."""
-    if (reason := missing(dtype, device, "triton")) is not None or spec is None:
+    if (reason := why_not_triton("latent", dtype, device)) is not None or spec is None:
         return reason
     heads = spec.heads
     if heads.heads > _MOST or max(heads.nope, heads.rope_dim, heads.value_dim) > _WIDEST:

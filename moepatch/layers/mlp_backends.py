@@ -5,6 +5,7 @@ A backend is a function ``(x_TH, weights: MlpWeights, spec: MlpSpec) -> y_TH``.
 
 from __future__ import annotations
 
+from ..kernels.requirements import why_not_triton
 from ..needs import missing
 from ..registry import register_backend
 
@@ -24,7 +25,7 @@ def _torch():
 
 
 def _why_not_triton(spec, dtype, device):
-    return missing(dtype, device, "triton")
+    return why_not_triton("mlp", dtype, device)
 
 
 @register_backend("mlp", "triton", rank=60, serves="gate and up in one GEMM, the activation in one kernel each way", why_not=_why_not_triton)

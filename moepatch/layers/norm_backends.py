@@ -5,8 +5,11 @@ Importing this module registers them.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from ..kernels import requirements
 from ..needs import missing
 from ..registry import register_backend
 from .norm import NormSpec
@@ -21,11 +24,11 @@ def _plain(spec: NormSpec) -> str | None:
     return "it has no norm that rounds the scale" if spec.cast == "scale" else None
 
 
-def why_not_triton(spec, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not_triton(table: str, spec, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the own kernels cannot serve; None if they can."""
     from ..kernels.norm import WIDEST
 
-    if (reason := missing(dtype, device, "triton")) is not None:
+    if (reason := requirements.why_not_triton(table, dtype, device)) is not None:
         return reason
     if isinstance(spec, NormSpec) and (spec.group or spec.width) > WIDEST:
         return f"a row of {spec.group or spec.width} does not fit into registers (at most {WIDEST})"
@@ -58,7 +61,7 @@ def _reference():
     return reference_norm
 
 
-@register_backend("norm", "triton", rank=50, serves="own Triton kernels: every norm up to 16384 wide", why_not=why_not_triton)
+@register_backend("norm", "triton", rank=50, serves="own Triton kernels: every norm up to 16384 wide", why_not=functools.partial(why_not_triton, "norm"))
 def _triton():
     from ..kernels.norm import norm
 
@@ -102,7 +105,7 @@ def _apart():
     return reference_ops()
 
 
-@register_backend("residual", "triton", rank=50, serves="own Triton kernels: a sum and the norm of it in one pass", why_not=why_not_triton)
+@register_backend("residual", "triton", rank=50, serves="own Triton kernels: a sum and the norm of it in one pass", why_not=functools.partial(why_not_triton, "residual"))
 def _together():
     from .residual import triton_ops
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ..needs import missing
+from ..kernels.requirements import why_not_triton
 from ..registry import register_backend
 
 
 def _why_not_triton(spec, dtype, device):
     from ..kernels.router import too_large
 
-    return missing(dtype, device, "triton") or (None if spec is None else too_large(spec))
+    return why_not_triton("router", dtype, device) or (None if spec is None else too_large(spec))
 
 
 @register_backend("router", "reference", rank=0, serves="plain torch: every router")

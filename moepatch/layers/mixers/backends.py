@@ -8,12 +8,13 @@ import torch
 from packaging.version import Version
 
 from ...gpus import capability_of
+from ...kernels.requirements import why_not_triton
 from ...needs import BF16_FP16, installed, missing
 from ...registry import register_backend
 
 
-def _why_not_triton(spec, dtype, device):
-    return missing(dtype, device, "triton")
+def _why_not_triton_delta(spec, dtype, device):
+    return why_not_triton("delta", dtype, device)
 
 
 def _why_not_triton_ssd(spec, dtype, device):
@@ -21,7 +22,12 @@ def _why_not_triton_ssd(spec, dtype, device):
     if spec is not None and (spec.state > 256 or spec.head_dim > 128):
         return f"holds states up to 256×128, this is {spec.state}×{spec.head_dim}"
     # In fp32 its programs do not fit into registers.
-    return missing(dtype, device, "triton", dtypes=BF16_FP16)
+    return why_not_triton("ssd", dtype, device, "" if spec is None else ssd_size(spec.state, spec.head_dim), BF16_FP16)
+
+
+def ssd_size(state: int, head_dim: int) -> str:
+    """The size in `requirements` that covers a head's: what is smaller needs less."""
+    return f"{max(64, 1 << (state - 1).bit_length())}x{max(64, 1 << (head_dim - 1).bit_length())}"
 
 
 @register_backend("ssd", "reference", rank=0, serves="chunks of matrix products in fp32, plain torch")
@@ -52,7 +58,7 @@ def _reference_delta():
     return reference_delta
 
 
-@register_backend("delta", "triton", rank=50, serves="convolution in one kernel each way, the recurrence in torch", why_not=_why_not_triton)
+@register_backend("delta", "triton", rank=50, serves="convolution in one kernel each way, the recurrence in torch", why_not=_why_not_triton_delta)
 def _triton_delta():
     from ...kernels.conv import causal_conv
     from .delta import delta_with
@@ -110,7 +116,7 @@ def _why_not_triton_selective(spec, dtype, device):
     # A tile of the states of a block of channels is held in registers.
     if spec is not None and spec.state > 32:
         return f"holds states up to 32, this is {spec.state}"
-    return _why_not_triton(spec, dtype, device)
+    return why_not_triton("selective", dtype, device)
 
 
 @register_backend("selective", "triton", rank=60, serves="convolution and scan in one kernel each, states recomputed", why_not=_why_not_triton_selective)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...gpus import shared_memory
 from ...kernels.conv import conv_backward, conv_forward
 from ...kernels.ssd import Shape, scan_backward, scan_outputs, scan_states
 from .ssd import SSDSpec, SSDWeights
@@ -18,7 +19,10 @@ class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, zxbcdt, conv, conv_bias, a_log, dt_bias, skip, spec, mask_BT):
         inner, end = spec.inner, spec.inner + spec.channels
-        shape = Shape(zxbcdt.shape[0], zxbcdt.shape[1], spec.heads, spec.head_dim, spec.groups, spec.state, spec.limits, zxbcdt.dtype == torch.float32)
+        shape = Shape(
+            zxbcdt.shape[0], zxbcdt.shape[1], spec.heads, spec.head_dim, spec.groups, spec.state, spec.limits, zxbcdt.dtype == torch.float32,
+            shared_memory(zxbcdt.device.index),
+        )  # fmt: skip
         u_BTC = conv_forward(zxbcdt[..., inner:end], conv, conv_bias, mask_BT)
         dt_BTH = zxbcdt[..., end:]
         states, last = scan_states(u_BTC, dt_BTH, a_log, dt_bias, shape)
