@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: single-threaded torch, tiny models by name, results of families for the README's table."""
+"""Fixtures that all tests share: single-threaded torch, tiny models by name, what was seen of families for their record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
-import transformers
 import zoo
 
 torch.set_num_threads(1)
@@ -38,15 +37,17 @@ def qwen3():
     return zoo.build("qwen3_moe")
 
 
-@pytest.fixture(scope="session")
-def family_results(request):
-    """``record(family, key, value)``: facts of the run for `tests/family_table.py`."""
-    folder = Path(request.config.rootpath, "build", "families", transformers.__version__)
-    folder.mkdir(parents=True, exist_ok=True)
+@pytest.fixture
+def seen(request):
+    """``seen()``, called where a test of the behaviour suite ends: the record of kinds may say so of the family."""
+    from family_kinds import RESULTS, SEES
 
-    def record(family: str, **facts) -> None:
-        # One file for each fact group: workers of pytest-xdist never write the same one.
-        name = "-".join([family, *sorted(facts)])
-        (folder / f"{name}.json").write_text(json.dumps({"family": family, **facts}))
+    family, test = request.node.callspec.params["name"], request.node.originalname
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{family}-{SEES[test].replace(' ', '-')}.json"  # workers of pytest-xdist never write the same one
 
-    return record
+    def write(passed: bool = True) -> None:
+        path.write_text(json.dumps({"family": family, "what": SEES[test], "passed": passed}))
+
+    write(passed=False)  # a test that does not come to its end has seen nothing
+    return write
