@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -23,6 +24,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skipif(True, reason="needs a CUDA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Where there is a GPU, the closing lines say which, and with what: they are kept as a record."""
+    if torch.cuda.is_available():
+        have = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+        wanted = ("torch", "triton", "transformers", "transformer-engine", "liger-kernel", "quack-kernels", "flash-attn-4", "deep-ep")
+        terminalreporter.write_line(", ".join([torch.cuda.get_device_name(), f"{os.cpu_count()} cores", *(f"{n} {have[n]}" for n in wanted if n in have)]))
 
 
 @pytest.fixture
