@@ -1,7 +1,8 @@
-"""Fixtures that all tests share: single-threaded torch, tiny models by name, results of families for the README's table."""
+"""Fixtures that all tests share: single-threaded torch, tiny models by name, what was seen of families for their record."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -12,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
-import transformers
 import zoo
 
 torch.set_num_threads(1)
@@ -24,6 +24,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skipif(True, reason="needs a CUDA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Where there is a GPU, the closing lines say which, and with what: they are kept as a record."""
+    if torch.cuda.is_available():
+        have = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+        wanted = ("torch", "triton", "transformers", "transformer-engine", "liger-kernel", "quack-kernels", "flash-attn-4", "deep-ep")
+        terminalreporter.write_line(", ".join([torch.cuda.get_device_name(), f"{os.cpu_count()} cores", *(f"{n} {have[n]}" for n in wanted if n in have)]))
 
 
 @pytest.fixture
@@ -38,15 +46,17 @@ def qwen3():
     return zoo.build("qwen3_moe")
 
 
-@pytest.fixture(scope="session")
-def family_results(request):
-    """``record(family, key, value)``: facts of the run for `tests/family_table.py`."""
-    folder = Path(request.config.rootpath, "build", "families", transformers.__version__)
-    folder.mkdir(parents=True, exist_ok=True)
+@pytest.fixture
+def seen(request):
+    """``seen()``, called where a test of the behaviour suite ends: the record of kinds may say so of the family."""
+    from family_kinds import RESULTS, SEES
 
-    def record(family: str, **facts) -> None:
-        # One file for each fact group: workers of pytest-xdist never write the same one.
-        name = "-".join([family, *sorted(facts)])
-        (folder / f"{name}.json").write_text(json.dumps({"family": family, **facts}))
+    family, test = request.node.callspec.params["name"], request.node.originalname
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{family}-{SEES[test].replace(' ', '-')}.json"  # workers of pytest-xdist never write the same one
 
-    return record
+    def write(passed: bool = True) -> None:
+        path.write_text(json.dumps({"family": family, "what": SEES[test], "passed": passed}))
+
+    write(passed=False)  # a test that does not come to its end has seen nothing
+    return write

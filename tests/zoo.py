@@ -45,8 +45,8 @@ class Family:
     layout: str = "fused3d"  # how the experts' weights lie
     overrides: dict[str, Any] = field(default_factory=dict)  # for the configuration, on top of COMMON
     inputs: str = "text"  # a key of INPUTS
-    since: str = "5.17"  # the older of 5.17 and 5.23, the versions looked at, that runs it
-    why_not: str | None = None  # why this one cannot run forward and backward
+    since: str = "5.17"  # the oldest of 5.17, 5.23 and 5.24, the versions looked at, that runs it
+    broken: dict[str, str] = field(default_factory=dict)  # by version that has it and cannot run it forward and backward: why
 
 
 def _row(
@@ -57,11 +57,11 @@ def _row(
     config: str | None = None,
     inputs: str = "text",
     since: str = "5.17",
-    why_not: str | None = None,
+    broken: dict[str, str] | None = None,
     **overrides: Any,
 ) -> Family:
     """A row of the tables. ``config`` is the model type, where that is not the name."""
-    return Family(name, model_class, config or name, layout, overrides, inputs, since, why_not)
+    return Family(name, model_class, config or name, layout, overrides, inputs, since, broken or {})
 
 
 # fmt: off
@@ -114,7 +114,7 @@ SPREAD = {
 }
 
 TWO = {"num_hidden_layers": 2}  # enough where every layer has experts and all layers are alike
-MLA = {"num_key_value_heads": 4}  # multi-head latent attention has as many key heads as query heads
+MLA = {"num_key_value_heads": 4}  # multi-head latent attention has as many key heads as query heads, as many towers have
 DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
@@ -122,6 +122,12 @@ GEMMA = {**SLIDING, "global_head_dim": 16}
 GEMMA4 = {**GEMMA, "enable_moe_block": True, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCAB}
 QWEN4 = {**LINEAR, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
          "indexer_compress_ratio": 4, "hc_lowrank": 8}
+# An embedding padded to more rows than the head has.
+NEMOTRON = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe", "attention", "moe"]}
+PADDED = {"vocab_size": VOCAB + 8, "unpadded_vocab_size": VOCAB}
+# The layer in the middle runs twice.
+LOOP = {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2,
+        "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"]}
 SAM = {"image_size": 64, "output_channels": 16, "window_size": 2, "global_attn_indexes": [2], "mlp_dim": 80}
 
 
@@ -179,17 +185,26 @@ _ROWS = [
     _row("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", **TWO),
     _row("hy_v3", "HYV3ForCausalLM"),
     _row("hy_v4", "HYV4ForCausalLM", **MLA),
+    _row("hy_v4_vl", "HYV4VLForConditionalGeneration", since="5.24", text_config=_rope(mrope_section=[2, 1, 1])),
     # the language model alone: the vision tower imports scipy
     _row("inkling", "InklingForCausalLM", config="inkling_text", **TWO),
-    _row("inkling2", "Inkling2ForConditionalGeneration", since="5.23"),
+    _row("inkling2", "Inkling2ForConditionalGeneration", since="5.23", text_config=PADDED),
+    _row("inkling2_loop", "Inkling2LoopForConditionalGeneration", since="5.24", text_config={**PADDED, **LOOP},
+         vision_config={"model_type": "inkling2_vision"}),
     _row("jamba", "JambaForCausalLM", num_hidden_layers=4, attn_layer_offset=1, attn_layer_period=2,
          mamba_d_state=8, mamba_dt_rank=8),
     _row("jetmoe", "JetMoeForCausalLM", "grouped linear", kv_channels=16, **TWO),
+    # kimi_k25, nemo_speechlm and nemotron_h_omni have the language model of another family inside
+    _row("kimi_k25", "Kimi_K25ForConditionalGeneration", text_config={"model_type": "deepseek_v3", **MLA},
+         projection_hidden_size=64),
     _row("kimi_linear", "KimiLinearForCausalLM", **LINEAR, **MLA),
     _row("kolibri1", "Kolibri1ForCausalLM", since="5.23"),
     _row("laguna", "LagunaForCausalLM"),
+    _row("lara_mini", "LaraMiniForCausalLM", since="5.24",
+         layer_types=["linear_attention", "sliding_attention", "full_attention"]),
     _row("lfm2_moe", "Lfm2MoeForCausalLM", layer_types=["conv", "full_attention", "conv"]),
-    _row("llama4", "Llama4ForConditionalGeneration", "all-experts batched", vision_config={"image_size": 28}),
+    _row("llama4", "Llama4ForConditionalGeneration", "all-experts batched", vision_config={"image_size": 28},
+         broken={"5.24": "transformers 5.24 asks its language model for image_outputs, which that has not: no forward comes to an end"}),
     _row("longcat_flash", "LongcatFlashForCausalLM", "fused3d undecorated", head_dim=8, **MLA),
     _row("mellum", "MellumForCausalLM", **SLIDING),
     _row("mimo_v2_flash", "MiMoV2FlashForCausalLM"),
@@ -205,6 +220,11 @@ _ROWS = [
          audio_config={"num_hidden_layers": 4, "hidden_sizes": [8, 8, 16, 16]}),
     _row("nemotron_h", "NemotronHForCausalLM", "fused3d no gate",
          layers_block_type=["mamba", "moe", "attention", "moe"]),
+    _row("nemo_speechlm", "Nemotron3_5TranscribeForConditionalGeneration", "fused3d no gate", since="5.23", text_config=NEMOTRON,
+         word_timestamp_config={"blank_token_id": 0, **MLA}, audio_config={"asr_config": MLA, "diarization_config": {
+             "model_type": "nemotron3_diarization", "audio_config": MLA, "head_config": {"audio_hidden_size": 64}}}),
+    _row("nemotron_h_omni", "NemotronH_Omni_Reasoning_V3", "fused3d no gate", since="5.23", text_config=NEMOTRON, audio_config=None,
+         vision_config={"model_type": "radio", "video_temporal_patch_size": 2}),
     # transformers never runs more than the first two experts of a layer
     _row("nllb_moe", "NllbMoeForConditionalGeneration", "ModuleDict", config="nllb-moe", inputs="seq2seq",
          num_experts=2, encoder_sparse_step=2, decoder_sparse_step=2),
@@ -220,6 +240,9 @@ _ROWS = [
          vision_start_token_id=151652),
     _row("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", text_config=_rope(mrope_section=[4, 2, 2])),
     _row("qwen4_exp", "Qwen4ExpForConditionalGeneration", text_config={**QWEN4, **_rope(partial_rotary_factor=0.5)}),
+    # the modeling code of glm4_moe and of deepseek_v3, under configurations of their own
+    _row("sarvam_mla", "DeepseekV3ForCausalLM", since="5.24", **MLA),
+    _row("sarvam_moe", "Glm4MoeForCausalLM", since="5.24"),
     _row("solar_open", "SolarOpenForCausalLM", **TWO),
     _row("step3p7", "Step3p7ForConditionalGeneration", "fused3d undecorated", text_config={**DENSE_FIRST, **SLIDING},
          vision_config={"image_size": 28}),
@@ -246,7 +269,8 @@ _EXTRA_ROWS = [
     # the language model of a multimodal family, on its own
     _row("aria_text", "AriaTextForCausalLM", "fused3d transposed"),
     _row("gemma4_text", "Gemma4ForCausalLM", **GEMMA4),
-    _row("inkling2_text", "Inkling2ForCausalLM", since="5.23"),
+    _row("inkling2_text", "Inkling2ForCausalLM", since="5.23", **PADDED),
+    _row("inkling2_loop_text", "Inkling2LoopForCausalLM", since="5.24", **PADDED, **LOOP),
     _row("llama4_text", "Llama4ForCausalLM", "all-experts batched"),
     _row("minimax_m3_vl_text", "MiniMaxM3VLForCausalLM"),
     _row("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", **LINEAR),
@@ -271,9 +295,12 @@ def entry(name: str) -> Family:
 
 def available(name: str) -> str | None:
     """None when the installed transformers can run this entry, otherwise the reason why not."""
+    return absent(name) or entry(name).broken.get(RELEASE)
+
+
+def absent(name: str) -> str | None:
+    """None when the installed transformers can build this entry, otherwise the reason why not."""
     family = entry(name)
-    if family.why_not is not None:
-        return family.why_not
     if _version(transformers.__version__) < _version(family.since):
         return f"needs transformers {family.since}, this is {transformers.__version__}"
     if family.model_type not in CONFIG_MAPPING or _model_class(family) is None:
@@ -283,6 +310,10 @@ def available(name: str) -> str | None:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(".")[:2])
+
+
+#: The installed transformers, without its patch level.
+RELEASE = ".".join(map(str, _version(transformers.__version__)))
 
 
 def config(name: str, **overrides: Any) -> PreTrainedConfig:
