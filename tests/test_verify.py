@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import threading
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 import torch.distributed as dist
 import zoo
 from facts import facts
+from listed import Block, Listed
 from ranks import on_ranks
+from torch.nn import functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -369,12 +372,119 @@ def test_weights_that_overflow(dtype, size):
                 moepatch.optimize(model, experts="broken")
 
 
-def test_a_gate_in_another_dtype_than_the_experts():
-    """A list block whose router stays in fp32: whatever cannot be served is left alone, the rest of the model is patched."""
-    model = zoo.build("qwen3_moe", torch.bfloat16)
-    model.model.layers[0].mlp.gate.float()
+class Own(Block):
+    """Its router in whatever it has."""
+
+    def logits(self, x):
+        return self.gate(x)
+
+
+class Cast(Own):
+    """A router that is kept in fp32."""
+
+    def logits(self, x):
+        return self.gate(x.float())
+
+
+class Wide(Own):
+    """A router that is computed in fp32, whatever it is kept in."""
+
+    def logits(self, x):
+        return F.linear(x.float(), self.gate.weight.float())
+
+
+class Product(Own):
+    """The same, in a form that nobody looks for."""
+
+    def logits(self, x):
+        return x.float() @ self.gate.weight.float().T
+
+
+def list_of(block, kept):
+    torch.manual_seed(0)
+    model = Listed().to(torch.bfloat16)
+    for layer in model.layers:
+        layer.mlp.__class__ = block
+        layer.mlp.gate.to(kept)
+    return model
+
+
+def listed_forward(self, hidden_states):
+    batch, seq, hidden = hidden_states.shape
+    x = hidden_states.view(-1, hidden)
+    logits = self.logits(x)
+    weights, chosen = torch.topk(F.softmax(logits, dim=1, dtype=torch.float), self.top_k, dim=-1)
+    weights = (weights / weights.sum(dim=-1, keepdim=True)).to(x.dtype)
+    final = torch.zeros_like(x)
+    for index in range(self.num_experts):
+        token, slot = torch.where(chosen == index)
+        final.index_add_(0, token, (self.experts[index](x[token]) * weights[token, slot, None]).to(x.dtype))
+    return final.view(batch, seq, hidden), logits
+
+
+Own.forward = listed_forward
+
+
+@pytest.mark.parametrize("block, kept, linear", [
+    (Own, torch.bfloat16, "own"), (Cast, torch.float32, "weight"), (Wide, torch.float32, "weight"), (Wide, torch.bfloat16, "float"),
+])  # fmt: skip
+def test_a_router_in_another_precision_than_the_experts(block, kept, linear):
+    plain = list_of(block, kept)
+    model = moepatch.optimize(copy.deepcopy(plain))
+    (pattern,) = moepatch.report(model).plan.mixture
+    assert pattern.backend and pattern.site.spec.linear == linear and len(pattern.sites) == 2
+    ids = torch.arange(12).view(2, 6)
+    compared = (plain.layers[0].mlp, model.layers[0].mlp)
+    x = plain.layers[0].norm(plain.embed(ids))
+    theirs, ours = (block(x) for block in compared)
+    assert torch.equal(theirs[1], ours[1])  # the logits
+    torch.testing.assert_close(ours[0], theirs[0], rtol=2e-2, atol=2e-2)
+    moepatch.optimize(copy.deepcopy(plain), experts="torch")
+
+
+class Normed(torch.nn.Module):
+    """With something that is patched whatever becomes of the experts."""
+
+    def __init__(self, block, kept):
+        super().__init__()
+        self.model = zoo.build("deepseek_v3", torch.bfloat16).model.layers[0].mlp
+        self.listed = list_of(block, kept)
+
+
+def test_a_router_that_cannot_be_served_costs_its_sites():
+    model = Normed(Product, torch.bfloat16)
     report = moepatch.report(moepatch.optimize(model))
-    assert report.patched
+    (pattern,) = report.plan.mixture
+    assert pattern.backend is None and "failed its verification" in pattern.why and report.patched
+    assert any("they keep the family's own code" in note for note in report.notes)
+    with pytest.raises(moepatch.NumericMismatch, match="experts=None"):
+        moepatch.optimize(Normed(Product, torch.bfloat16), experts="torch")
+
+
+def test_a_router_that_the_familys_own_code_cannot_run():
+    report = moepatch.report(moepatch.optimize(Normed(Own, torch.float32)))
+    assert report.patched and not report.plan.mixture and report.plan.refusals
+    assert all("does not run with a router in float32 and experts in bfloat16" in r.reason for r in report.plan.refusals)
+
+
+# --- losses that are asked for by name --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["liger", "cce"])
+@pytest.mark.parametrize("numerics", ["exact", "relaxed"])
+def test_a_loss_that_waits_for_the_device_can_be_asked_for(name, numerics, monkeypatch):
+    """It rounds where the others do, and is never chosen by itself."""
+    row = registry.backend("loss", name)
+    monkeypatch.setitem(registry._BACKENDS, ("loss", name), dataclasses.replace(row, why_not=lambda spec, dtype, device: None))
+    calls, compute = [], registry.compute("loss", "reference")
+    monkeypatch.setitem(registry._LOADED, ("loss", name), lambda *args: calls.append(name) or compute(*args))
+    model = moepatch.optimize(zoo.build("qwen3_moe"), numerics=numerics)
+    assert [p.backend for p in of(moepatch.report(model).plan, "loss")] == ["chunked"] and not calls
+    model = moepatch.optimize(zoo.build("qwen3_moe"), loss=name, numerics=numerics)
+    assert [p.backend for p in of(moepatch.report(model).plan, "loss")] == [name] and calls
+    calls.clear()
+    model(**zoo.inputs("qwen3_moe", model)).loss.backward()
+    assert calls
 
 
 # --- what the caller has switched on ----------------------------------------------------------------------------------------------------
