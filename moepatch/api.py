@@ -23,7 +23,7 @@ from .measure import agreed, fastest, is_measured
 from .parallel.agree import together
 from .parallel.apply import Dispatch, choose_dispatch, why_whole
 from .parallel.memory import why_not_whole
-from .plainly import plainly
+from .plainly import runs_plainly
 from .planning import Plan
 from .regional import layer_graphs
 from .reporting import Report
@@ -41,7 +41,7 @@ class _Patch:
     mesh: DeviceMesh | None = None
 
 
-@plainly()
+@runs_plainly
 def optimize(
     model: Model,
     mesh: DeviceMesh | None = None,
@@ -131,7 +131,7 @@ def _checked_plan(
     return chosen
 
 
-@plainly()
+@runs_plainly
 def plan(model: nn.Module, mesh: DeviceMesh | None = None, *, dense: bool = True, numerics: str = "exact", measure: bool = True, **overrides) -> Plan:
     """The road up to *check*: what `optimize` would do with the same arguments. Changes nothing.
 
@@ -153,7 +153,7 @@ def _made(model: nn.Module, dense: bool, numerics: str, measure: bool, overrides
     return fastest(model, made) if measure else made
 
 
-@plainly()
+@runs_plainly
 def restore(model: Model) -> Model:
     """Undoes `optimize`: the original classes, parameters and hooks, with the trained weights. Returns the same object.
 
@@ -165,7 +165,7 @@ def restore(model: Model) -> Model:
     """
     patch = patch_of(model)
     if patch is None:
-        warnings.warn(f"moepatch.restore: this {type(model).__name__} is not patched; nothing to do.{_elsewhere(model, 'restore')}", stacklevel=3)
+        warnings.warn(f"moepatch.restore: this {type(model).__name__} is not patched; nothing to do.{_elsewhere(model, 'restore')}", stacklevel=4)
         return model
     with together("restore()", patch.mesh):
         reason = why_not_whole(model) if patch.mesh is not None else None
@@ -210,7 +210,7 @@ def _again(model: Model) -> Model:
     """The second `optimize` of a model changes nothing and says so."""
     patch = patch_of(model)
     note = "optimize() was called again: the model is patched already, nothing was changed. Call moepatch.restore(model) first to patch it differently."
-    warnings.warn(f"moepatch: {note}", stacklevel=4)
+    warnings.warn(f"moepatch: {note}", stacklevel=5)
     if note not in patch.report.notes:
         patch.report = replace(patch.report, notes=(*patch.report.notes, note))
     return model

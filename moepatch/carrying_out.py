@@ -45,13 +45,15 @@ class Done:
 
 
 def carry_out(
-    model: nn.Module, plan: Plan, mesh: DeviceMesh | None, moved: Dispatch | None, verified: bool, fsdp: bool, compile: str | None, seconds: dict[str, float]
+    model: nn.Module, plan: Plan, mesh: DeviceMesh | None, moved: Dispatch | None, verified: bool, fsdp: bool, compile: str | None, seconds: dict[str, float],
+    accept: Callable[[Plan], None] = lambda plan: None,
 ) -> Done:
     """Patches, verifies, moves weights, shards and compiles. Whatever is raised, the model is as it was.
 
     Args:
         verified: whether each pattern is verified.
         seconds: gets how long each part took.
+        accept: is shown the plan once verification has settled it, and may raise.
 
     Raises:
         NumericMismatch: a backend that the caller named does not compute what the module does.
@@ -66,6 +68,7 @@ def carry_out(
             if not any(pattern.backend for pattern in made.patterns):
                 listed = "\n".join(f"  - {note}" for note in notes)
                 raise NothingMatched(f"{plan.model_class}: no backend computes what its modules do:\n{listed}\nThe model is unchanged.")
+            accept(made)
             with timed(seconds, "apply"):
                 if not verified:
                     apply_patterns(model, made, journal)
@@ -110,14 +113,15 @@ def _proven(model: nn.Module, pattern: Pattern, mesh: DeviceMesh | None, journal
         if failed is None:
             return _Proven(pattern, answers[0][0], tuple(notes))
         found = answers[failed][0]
-        missed = found.missed + (f" (on rank {failed})" if len(answers) > 1 else "")
+        where = f" (on rank {failed})" if len(answers) > 1 else ""
         if pattern.by_caller:
-            raise NumericMismatch(_advice(pattern, missed, found.untried))
+            raise NumericMismatch(_advice(pattern, found.missed_whole + where, found.untried))
+        missed = found.missed + where
         journal.undo(to=before)
         if found.untried:
             following = replace(pattern, backend=None, why=missed)
         else:  # clocks of ranks differ: the order is that of rank 0
-            following = next_best(pattern, f"failed its verification, {missed}", answers[0][1])
+            following = next_best(pattern, f"failed its verification ({missed})", answers[0][1])
         notes.append(_note(pattern, missed, found.untried, following.backend))
         pattern = following
     return _Proven(pattern, None, tuple(notes))
@@ -127,7 +131,7 @@ def _note(pattern: Pattern, missed: str, untried: bool, following: str | None) -
     others = f" and {len(pattern.sites) - 1} more" if len(pattern.sites) > 1 else ""
     what = "cannot be verified" if untried else "does not compute what the module does"
     then = f"{following!r} was taken instead" if following else f"{'they keep' if others else 'it keeps'} the family's own code"
-    return f"{pattern.site.fqn or 'the model'}{others} ({pattern.site.class_name}): the backend {pattern.backend!r} {what}, {missed}; {then}"
+    return f"{pattern.site.fqn or 'the model'}{others} ({pattern.site.class_name}): the backend {pattern.backend!r} {what}: {missed}; {then}"
 
 
 def _advice(pattern: Pattern, missed: str, untried: bool) -> str:
@@ -139,7 +143,7 @@ def _advice(pattern: Pattern, missed: str, untried: bool) -> str:
         return f"{where} cannot be verified: {missed}. Everything was rolled back. {alone}; verify=False takes the backend unverified."
     others = next_best(pattern, "failed").backend is not None
     choice = f"Without {table}= (or a plan that names it) moepatch takes another backend if one fits; " if others else ""
-    return f"{where} does not compute what the module does, {missed}. Everything was rolled back. {choice}{alone}. Please report this."
+    return f"{where} does not compute what the module does: {missed}. Everything was rolled back. {choice}{alone}. Please report this."
 
 
 def apply(model: nn.Module, plan: Plan, journal: Journal) -> None:
