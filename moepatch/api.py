@@ -109,9 +109,12 @@ def optimize(
         chosen = agreed(chosen)
     alone = left_alone(model)
     moved = None if mesh is None else choose_dispatch(chosen, mesh, dispatch)
-    done = carry_out(model, chosen, mesh, moved, verify, fsdp, compile, seconds)
-    made = Report(done.plan, done.verified, _notes(done, verify, moved, alone), seconds, tuple(layer_graphs(done.journal.steps)))
-    model.__dict__["_moepatch_patch"] = _Patch(made, done.journal, mesh)
+
+    def record(done: Done) -> None:
+        made = Report(done.plan, done.verified, _notes(done, verify, moved, alone), seconds, tuple(layer_graphs(done.journal.steps)))
+        model.__dict__["_moepatch_patch"] = _Patch(made, done.journal, mesh)
+
+    carry_out(model, chosen, mesh, moved, verify, fsdp, compile, seconds, record)
     return model
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import moepatch
-from moepatch import planning, registry, trial
+from moepatch import api, planning, registry, trial
 from moepatch.layers.attention import kind as attention_kind
 from moepatch.match import experts as match_experts
 
@@ -211,15 +211,26 @@ def test_a_keyboard_interrupt_in_the_second_try(qwen3, monkeypatch):
     assert facts(qwen3) == before
 
 
-def test_fastest_first(monkeypatch, qwen3):
+def test_fastest_first(qwen3):
     """Where backends were timed, the next fastest is next, whatever its rank."""
-    (pattern,) = of(moepatch.plan(qwen3), "experts")
-    later = planning.next_best(pattern, "a reason", ["torch", "reference"])
-    assert pattern.backend == "torch" and later.backend == "reference" and later.why == "fallback; torch: a reason"
     with broken("experts", wrong):
         (pattern,) = of(moepatch.plan(qwen3), "experts")
-        assert planning.next_best(pattern, "x", ["broken", "reference", "torch"]).backend == "reference"
-        assert planning.next_best(pattern, "x").backend == "torch"
+        assert planning.serving(pattern) == ["torch", "reference"] and planning.serving(pattern, ["broken", "reference"]) == ["reference", "torch"]
+        later = planning.next_best(pattern, "a reason", ["torch"])
+        assert later.backend == "torch" and later.why.startswith("fallback; broken: a reason")
+        last = planning.next_best(later, "another", planning.serving(later, ["reference"]))
+        assert last.backend == "reference" and "broken: a reason; " in last.why and last.why.endswith("torch: another")
+        none = planning.next_best(last, "the last", planning.serving(last))
+        assert none.backend is None and "no backend can serve it: broken: a reason" in none.why and "reference: the last" in none.why
+
+
+def test_an_interrupt_at_the_very_end(qwen3, monkeypatch):
+    """While the record is made, which is the last thing before there is a way back."""
+    before = facts(qwen3)
+    monkeypatch.setattr(api, "Report", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        moepatch.optimize(qwen3)
+    assert facts(qwen3) == before
 
 
 # --- several ranks -------------------------------------------------------------------------------------------------------------------
