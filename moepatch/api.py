@@ -25,7 +25,7 @@ from .parallel.agree import together
 from .parallel.apply import Dispatch, choose_dispatch, why_whole
 from .parallel.memory import why_not_whole
 from .parallel.mesh import in_order
-from .plainly import plainly
+from .plainly import runs_plainly
 from .planning import Plan
 from .regional import layer_graphs
 from .render import words
@@ -44,7 +44,7 @@ class _Patch:
     mesh: DeviceMesh | None = None
 
 
-@plainly()
+@runs_plainly
 def optimize(
     model: Model,
     mesh: DeviceMesh | None = None,
@@ -117,13 +117,15 @@ def optimize(
     if mesh is not None and measure:
         chosen = agreed(chosen)
     alone = {fqn: why for fqn, why in left_alone(model).items() if not any(n.kind == "attention_function" and fqn in n.fqns for n in chosen.left)}
-    accept = functools.partial(_demand_all, alone=alone) if strict else None
-    if accept is not None:
-        accept(chosen)
+    accept = functools.partial(_demand_all, alone=alone) if strict else _accept
+    accept(chosen)
     moved = None if mesh is None else choose_dispatch(chosen, mesh, dispatch)
-    done = carry_out(model, chosen, mesh, moved, verify, fsdp, compile, accept, seconds)
-    made = Report(done.plan, done.verified, _notes(done, verify, moved, alone), seconds, tuple(layer_graphs(done.journal.steps)))
-    model.__dict__["_moepatch_patch"] = _Patch(made, done.journal, mesh)
+
+    def record(done: Done) -> None:
+        made = Report(done.plan, done.verified, _notes(done, verify, moved, alone), seconds, tuple(layer_graphs(done.journal.steps)))
+        model.__dict__["_moepatch_patch"] = _Patch(made, done.journal, mesh)
+
+    carry_out(model, chosen, mesh, moved, verify, fsdp, compile, seconds, record, accept)
     return model
 
 
@@ -143,7 +145,7 @@ def _checked_plan(
     return chosen
 
 
-@plainly()
+@runs_plainly
 def plan(model: nn.Module, mesh: DeviceMesh | None = None, *, dense: bool = True, numerics: str = "exact", measure: bool = True, **overrides) -> Plan:
     """The road up to *check*: what `optimize` would do with the same arguments. Changes nothing.
 
@@ -165,7 +167,7 @@ def _made(model: nn.Module, dense: bool, numerics: str, measure: bool, overrides
     return fastest(model, made) if measure else made
 
 
-@plainly()
+@runs_plainly
 def restore(model: Model) -> Model:
     """Undoes `optimize`: the original classes, parameters and hooks, with the trained weights. Returns the same object.
 
@@ -177,7 +179,7 @@ def restore(model: Model) -> Model:
     """
     patch = patch_of(model)
     if patch is None:
-        warnings.warn(f"moepatch.restore: this {type(model).__name__} is not patched; nothing to do.{_elsewhere(model, 'restore')}", stacklevel=3)
+        warnings.warn(f"moepatch.restore: this {type(model).__name__} is not patched; nothing to do.{_elsewhere(model, 'restore')}", stacklevel=4)
         return model
     with together("restore()", patch.mesh):
         reason = why_not_whole(model) if patch.mesh is not None else None
@@ -222,7 +224,7 @@ def _again(model: Model) -> Model:
     """The second `optimize` of a model changes nothing and says so."""
     patch = patch_of(model)
     note = "optimize() was called again: the model is patched already, nothing was changed. Call moepatch.restore(model) first to patch it differently."
-    warnings.warn(f"moepatch: {note}", stacklevel=4)
+    warnings.warn(f"moepatch: {note}", stacklevel=5)
     if note not in patch.report.notes:
         patch.report = replace(patch.report, notes=(*patch.report.notes, note))
     return model
@@ -266,6 +268,10 @@ def _nothing(model: nn.Module, plan: Plan) -> str:
         return words.plain(f"{name}: {none} Experts were looked for in vain, though {plan.signs}.{listed}The model is unchanged.")
     experts = "looks like it holds experts" if plan.mixture_left else "has no mixture of experts"
     return words.plain(f"{name} {experts}: {none}{listed}The model is unchanged.")
+
+
+def _accept(plan: Plan) -> None:
+    """Without ``strict`` every plan will do."""
 
 
 def _demand_all(plan: Plan, alone: dict[str, str]) -> None:

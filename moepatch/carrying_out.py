@@ -7,7 +7,7 @@ backend, or keeps its family's code. All steps are on one journal, so whatever i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -20,7 +20,7 @@ from .match.experts import implementation
 from .measure import by_time
 from .parallel.agree import everywhere, together
 from .parallel.apply import Dispatch, shard
-from .planning import Pattern, Plan, next_best
+from .planning import Pattern, Plan, next_best, serving
 from .progress import counted
 from .regional import compile_layers
 from .scan import outermost_pretrained
@@ -53,15 +53,17 @@ def carry_out(
     verified: bool,
     fsdp: bool,
     compile: str | None,
-    accept: Callable[[Plan], None] | None,
     seconds: dict[str, float],
-) -> Done:
+    record: Callable[[Done], None],
+    accept: Callable[[Plan], None] = lambda plan: None,
+) -> None:
     """Patches, verifies, moves weights, shards and compiles. Whatever is raised, the model is as it was.
 
     Args:
         verified: whether each pattern is verified.
-        accept: raises if the plan, as it is carried out when all is verified, is not what the caller wants.
         seconds: gets how long each part took.
+        record: keeps what was done on the model. Called before anything is let go that the way back needs.
+        accept: is shown the plan once verification has settled it, and may raise.
 
     Raises:
         NumericMismatch: a backend that the caller named does not compute what the module does.
@@ -77,8 +79,7 @@ def carry_out(
             if not any(pattern.backend for pattern in made.patterns):
                 listed = "\n".join(f"  - {note}" for note in notes)
                 raise NothingMatched(f"{plan.model_class}: no backend computes what its modules do:\n{listed}\nThe model is unchanged.")
-            if accept is not None:
-                accept(made)
+            accept(made)
             with timed(seconds, "apply"):
                 if not verified:
                     apply_patterns(model, made, journal)
@@ -90,11 +91,11 @@ def carry_out(
                         shard(whole, made, mesh, moved, fsdp, journal)
             for step in compile_layers(model) if compile else ():
                 journal.do(step)
+        record(Done(journal, made, tuple(one.verified for one in proven if one.verified is not None), notes))
     except BaseException:
         journal.undo()
         raise
     journal.commit()
-    return Done(journal, made, tuple(one.verified for one in proven if one.verified is not None), notes)
 
 
 @dataclass(frozen=True)
@@ -113,25 +114,27 @@ def _proven(model: nn.Module, pattern: Pattern, mesh: DeviceMesh | None, journal
     while pattern.backend is not None:
         before = len(journal.steps)
 
-        def tried(pattern: Pattern = pattern) -> tuple[Verified, Sequence[str]]:
+        def tried(pattern: Pattern = pattern) -> tuple[Verified, list[str]]:
             with timed(seconds, "apply"):
                 apply_pattern(model, pattern, journal)
             with timed(seconds, "verify"):
-                return verify(model, pattern), order
+                return verify(model, pattern), serving(pattern, order)
 
         answers = everywhere(f"optimize(), verifying {pattern.backend!r} for {pattern.site.fqn or 'the model'}", mesh, tried)
         failed = next((rank for rank, (found, _) in enumerate(answers) if not found.ok), None)
         if failed is None:
             return _Proven(pattern, answers[0][0], tuple(notes))
         found = answers[failed][0]
-        missed = found.missed + (f" (on rank {failed})" if len(answers) > 1 else "")
+        where = f" (on rank {failed})" if len(answers) > 1 else ""
         if pattern.by_caller:
-            raise NumericMismatch(_advice(pattern, missed, found.untried))
+            raise NumericMismatch(_advice(pattern, found.missed_whole + where, found.untried))
+        missed = found.missed + where
         journal.undo(to=before)
         if found.untried:
             following = replace(pattern, backend=None, why=missed)
-        else:  # clocks of ranks differ: the order is that of rank 0
-            following = next_best(pattern, f"failed its verification, {missed}", answers[0][1])
+        else:  # clocks of ranks differ, and so may what is installed
+            names = [name for name in answers[0][1] if all(name in here for _, here in answers)]
+            following = next_best(pattern, f"failed its verification ({missed})", names)
         notes.append(_note(pattern, missed, found.untried, following.backend))
         pattern = following
     return _Proven(pattern, None, tuple(notes))
@@ -141,7 +144,7 @@ def _note(pattern: Pattern, missed: str, untried: bool, following: str | None) -
     others = f" and {len(pattern.sites) - 1} more" if len(pattern.sites) > 1 else ""
     what = "cannot be verified" if untried else "does not compute what the module does"
     then = f"{following!r} was taken instead" if following else f"{'they keep' if others else 'it keeps'} the family's own code"
-    return f"{pattern.site.fqn or 'the model'}{others} ({pattern.site.class_name}): the backend {pattern.backend!r} {what}, {missed}; {then}"
+    return f"{pattern.site.fqn or 'the model'}{others} ({pattern.site.class_name}): the backend {pattern.backend!r} {what}: {missed}; {then}"
 
 
 def _advice(pattern: Pattern, missed: str, untried: bool) -> str:
@@ -151,9 +154,8 @@ def _advice(pattern: Pattern, missed: str, untried: bool) -> str:
     alone = f"optimize(model, {table}=None) leaves these modules alone"
     if untried:
         return f"{where} cannot be verified: {missed}. Everything was rolled back. {alone}; verify=False takes the backend unverified."
-    others = next_best(pattern, "failed").backend is not None
-    choice = f"Without {table}= (or a plan that names it) moepatch takes another backend if one fits; " if others else ""
-    return f"{where} does not compute what the module does, {missed}. Everything was rolled back. {choice}{alone}. Please report this."
+    choice = f"Without {table}= (or a plan that names it) moepatch takes another backend if one fits; " if serving(pattern) else ""
+    return f"{where} does not compute what the module does: {missed}. Everything was rolled back. {choice}{alone}. Please report this."
 
 
 def apply(model: nn.Module, plan: Plan, journal: Journal) -> None:

@@ -19,7 +19,7 @@ from .check import check_model
 from .errors import CheckFailed, MoePatchError, PlanMismatch
 from .estimate import Estimate, estimate
 from .needs import best_device
-from .plainly import plainly
+from .plainly import runs_plainly
 from .planning import SCHEMA_VERSION, Plan, make_plan
 from .source import Weights
 
@@ -127,7 +127,7 @@ class Inspection:
         printer.text(str(self))
 
 
-@plainly()
+@runs_plainly
 def inspect(model: nn.Module | PreTrainedConfig | str | os.PathLike, **what_if: object) -> Inspection:
     """What moepatch would do to a model, loaded or not even downloaded whole. Changes nothing, reads no weights, runs no remote code.
 

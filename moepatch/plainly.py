@@ -7,13 +7,16 @@ that see every operator would change what is compared; none of them is meant for
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch.utils import _python_dispatch as dispatch
 
 from .errors import MoePatchError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: Kinds of devices that have autocast.
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
@@ -26,7 +29,7 @@ def plainly() -> Iterator[None]:
     Everything is as it was afterwards.
 
     Raises:
-        MoePatchError: in the middle of a ``torch.func`` transform, ``torch.jit.trace`` or ``torch.compile``, which cannot be left.
+        MoePatchError: in the middle of a ``torch.func`` transform or ``torch.jit.trace``, which cannot be left.
     """
     _check_outside()
     with ExitStack() as stack:
@@ -43,11 +46,15 @@ def plainly() -> Iterator[None]:
         yield
 
 
+def runs_plainly(function: F) -> F:
+    """Decorates a function that runs so, also where torch.compile meets a call of it: it is called between the graphs, not traced."""
+    return torch.compiler.disable(plainly()(function))
+
+
 def _check_outside() -> None:
     inside = (
-        "a torch.func transform (grad, vmap, functional_call under one)" if torch._C._are_functorch_transforms_active()
+        "a torch.func transform (grad, vmap, …)" if torch._C._are_functorch_transforms_active()
         else "torch.jit.trace" if torch.jit.is_tracing()
-        else "a function that torch.compile or torch.export traces" if torch.compiler.is_compiling()
         else None
     )  # fmt: skip
     if inside is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -344,33 +345,42 @@ def _choose(sites: tuple[Site, ...], numerics: str) -> Pattern:
     device = best_device() if device.type == "meta" else device
     spec = kind.computes(site.spec)
     choices = tuple(Choice(b.name, registry.reason_against(b, spec, dtype, device) or _inexact(b, spec, numerics)) for b in registry.backends(kind.backends))
-    return _best(sites, choices)
+    best = next((c.backend for c in _automatic(site, choices) if c.why_not is None), None)
+    return _with_best(sites, choices, best)
 
 
-def next_best(pattern: Pattern, why_not: str, order: Sequence[str] = ()) -> Pattern:
-    """The pattern without the backend that it has: with the next one that serves, or with none.
+def serving(pattern: Pattern, order: Sequence[str] = ()) -> list[str]:
+    """The backends that could take the place of a pattern's, the preferred first.
 
     Args:
-        pattern: has a backend.
-        why_not: why that one is not taken.
-        order: the preferred first; those that are not in it follow by rank.
+        order: the preferred ones; those that are not in it follow by rank.
     """
+    names = [c.backend for c in _automatic(pattern.site, pattern.choices) if c.why_not is None and c.backend != pattern.backend]
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def next_best(pattern: Pattern, why_not: str, names: Sequence[str]) -> Pattern:
+    """The pattern without the backend that it has, and why; with the first of others (see `serving`), or with none."""
     choices = tuple(replace(c, why_not=why_not) if c.backend == pattern.backend else c for c in pattern.choices)
-    return _best(pattern.sites, choices, order)
+    return _with_best(pattern.sites, choices, names[0] if names else None)
 
 
-def _best(sites: tuple[Site, ...], choices: tuple[Choice, ...], order: Sequence[str] = ()) -> Pattern:
-    """The pattern with the first backend that serves and need not be asked for."""
-    ranks = {b.name: b.rank for b in registry.backends(KINDS[sites[0].kind].backends)}
-    automatic = [c for c in choices if ranks[c.backend] >= 0]
-    automatic.sort(key=lambda c: order.index(c.backend) if c.backend in order else len(order))
-    best = next((c for c in automatic if c.why_not is None), None)
+def _automatic(site: Site, choices: tuple[Choice, ...]) -> list[Choice]:
+    """Those that need not be asked for by name."""
+    ranks = {b.name: b.rank for b in registry.backends(KINDS[site.kind].backends)}
+    return [c for c in choices if ranks[c.backend] >= 0]
+
+
+def _with_best(sites: tuple[Site, ...], choices: tuple[Choice, ...], best: str | None) -> Pattern:
+    """The pattern with a backend, and what stood in the way of those that would have been preferred."""
+    automatic = _automatic(sites[0], choices)
     if not automatic:
         return Pattern(sites, None, "a backend has to be asked for by name", choices)
     if best is None:
-        return Pattern(sites, None, "no backend can serve it: " + "; ".join(f"{c.backend}: {c.why_not}" for c in choices), choices)
-    passed = [f"{c.backend}: {c.why_not}" for c in automatic[: automatic.index(best)]]
-    return Pattern(sites, best.backend, "; ".join(["ok"] if not passed else ["fallback", *passed]), choices)
+        return Pattern(sites, None, "no backend can serve it: " + "; ".join(f"{c.backend}: {c.why_not}" for c in choices if c.why_not), choices)
+    before = itertools.takewhile(lambda c: c.backend != best, automatic)
+    passed = [f"{c.backend}: {c.why_not}" for c in before if c.why_not]
+    return Pattern(sites, best, "; ".join(["ok"] if not passed else ["fallback", *passed]), choices)
 
 
 def _inexact(backend: registry.Backend, spec: Any, numerics: str) -> str | None:

@@ -155,7 +155,7 @@ def arbitrated(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], in_doub
         in_double: makes the results of the family's own code in float64, see `run_in_double`; called only if something missed.
 
     Returns:
-        One row for each result, and what float64 was needed for, in words; empty if it was not.
+        One row for each result, and in words for which of them float64 has shown that the family's own fp32 is to blame; empty if for none.
     """
     rows = differences(theirs, ours)
     missed = [row.what for row in rows if not row.ok]
@@ -166,8 +166,8 @@ def arbitrated(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], in_doub
     except Exception as error:  # a family's code may fail in any way in a precision that it was not made for
         return rows, f"its own code cannot run in float64, which would say whose error it is ({in_words(error)})"
     rows = [row if row.ok else exact.get(row.what, row) for row in rows]
-    errors = [f"{what} {exact[what].theirs:.1e} and {exact[what].ours:.1e}" for what in missed if what in exact]
-    return rows, f"compared with float64, where the family's own fp32 and this are off by: {'; '.join(errors)}" if errors else ""
+    settled = [f"{row.what} {row.theirs:.1e} and {row.ours:.1e}" for row in rows if row.ok and row.what in missed]
+    return rows, f"compared with float64, where the family's own fp32 and this are off by: {'; '.join(settled)}" if settled else ""
 
 
 def run_in_double(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = None) -> dict[str, Tensor]:

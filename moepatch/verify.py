@@ -65,15 +65,25 @@ class Verified:
 
     @property
     def missed(self) -> str:
-        """What is not within its limit, or was raised; empty if all is well."""
-        rows = "; ".join(f"{d.what} {d.ours:.1e} (limit {d.limit:.1e})" for d in self.differences if not d.ok)
-        return self.failure or rows and f"relative errors: {rows}" + (f" [{self.note}]" if self.note else "")
+        """What was raised, or what is furthest past its limit; empty if all is well."""
+        bad = sorted((d for d in self.differences if not d.ok), key=lambda d: d.ours / d.limit if d.ours == d.ours else float("inf"))
+        return self.failure or (f"{_row(bad[-1])}{f' and {len(bad) - 1} more' if bad[1:] else ''}" if bad else "")
+
+    @property
+    def missed_whole(self) -> str:
+        """The same with everything that is past its limit, and how it was tried."""
+        rows = "; ".join(_row(d) for d in self.differences if not d.ok)
+        return self.failure or f"relative errors: {rows}{f' [{self.note}]' if self.note else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         rows = [{"what": d.what, "ours": d.ours, "theirs": d.theirs, "limit": d.limit} for d in self.differences]
         facts = {"pattern": self.pattern, "fqn": self.fqn, "backend": self.backend, "ok": self.ok, "note": self.note}
         return {**facts, "failure": self.failure, "differences": rows}
+
+
+def _row(d: Difference) -> str:
+    return f"{d.what} {d.ours:.1e} (limit {d.limit:.1e})"
 
 
 def verify(model: nn.Module, pattern: Pattern) -> Verified:

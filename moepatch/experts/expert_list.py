@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from ..errors import MoePatchError
 from ..layout.experts import Weight
@@ -33,6 +34,7 @@ class ExpertListSpec:
         top_k: experts per token (K).
         normalised: whether the chosen weights are divided by their sum.
         returns_logits: whether the block returns ``(tokens, router logits)`` or tokens alone.
+        linear: what the router computes in, one of `layers.router.LINEARS`.
         router_name, experts_name: the block's children.
         gate_name, up_name, down_name: an expert's.
     """
@@ -46,6 +48,7 @@ class ExpertListSpec:
     gate_name: str
     up_name: str
     down_name: str
+    linear: str = "own"
 
     def weights(self) -> dict[str, Weight]:
         """For each stacked parameter, the children's that hold it: gate and up of an expert follow each other."""
@@ -87,13 +90,19 @@ class PatchedExpertListBlock(Patched):
         """See the class."""
         spec = self._moepatch.spec
         x_TH = hidden_states.flatten(0, -2)
-        logits_TE = self.get_submodule(spec.router_name)(x_TH)
+        logits_TE = _logits(self.get_submodule(spec.router_name), x_TH, spec.linear)
         weights_TK, ids_TK = torch.softmax(logits_TE, dim=-1, dtype=torch.float32).topk(spec.top_k, dim=-1)
         if spec.normalised:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         y_TH = self.get_submodule(spec.experts_name)(x_TH, ids_TK, weights_TK.to(x_TH.dtype))
         y = y_TH.view(hidden_states.shape)
         return (y, logits_TE) if spec.returns_logits else y
+
+
+def _logits(router: nn.Linear, x_TH: Tensor, linear: str) -> Tensor:
+    if linear == "float":  # the family has only the matrix of it, too
+        return F.linear(x_TH.float(), router.weight.float())
+    return router(x_TH.to(router.weight.dtype) if linear == "weight" else x_TH)
 
 
 @dataclass(frozen=True)

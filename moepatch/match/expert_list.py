@@ -5,13 +5,17 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from .. import trial
+from ..errors import in_words
 from ..experts.expert_list import ExpertListSpec
 from ..experts.spec import ExpertsSpec
-from ..kinds import trial_tokens
+from ..kinds import KINDS, trial_tokens
 from ..layout.experts import fused_layout
 from ..registry import register_matcher
 from ..replica import random_fill, replica, size_map
@@ -33,9 +37,10 @@ def match_expert_list(found: Found, scan: Scan, memo: dict) -> Site | Refusal | 
     reason = _why_no_form(block, children, lists, routers)
     if reason is not None:
         return left(found, "expert_list", reason) if any(is_list(scan.of(child)) for child in children.values()) else None
-    key = ("expert_list", fingerprint(block))
+    dtypes = tuple(p.dtype for p in block.parameters())
+    key = ("expert_list", fingerprint(block), dtypes)
     if key not in memo:
-        memo[key] = _read(block, routers[0], lists[0])
+        memo[key] = _with_linear(_read(block, routers[0], lists[0]), block)
     reading = memo[key]
     if isinstance(reading, str):
         return refusal(found, reading)
@@ -110,6 +115,44 @@ def _read(block: nn.Module, router: str, experts: str) -> ExpertListSpec | str:
                 return spec
             reason = f"it does not compute a softmax top-k mixture of its experts: {misfitting}"
     return reason
+
+
+def _with_linear(spec: ExpertListSpec | str, block: nn.Module) -> ExpertListSpec | str:
+    """The spec with what the router computes in, which shows in the model's own dtypes only."""
+    router_dtype = None if isinstance(spec, str) else block.get_submodule(spec.router_name).weight.dtype
+    dtype = next(p.dtype for p in block.get_submodule(spec.experts_name).parameters()) if router_dtype else None
+    if dtype == router_dtype in (None, torch.float32, torch.float64):
+        return spec
+    generator, own = torch.Generator().manual_seed(0), spec.experts
+    sizes = size_map(num_experts=own.num_experts, hidden=own.hidden, intermediate=own.intermediate, experts=own.num_experts)
+    small = replica(block, sizes, lambda tensor, shape: random_fill(generator, tensor.dtype)(tensor, shape))
+    call = KINDS["expert_list"].trial(spec.resized(sizes), dtype, torch.device("cpu"), generator)
+    try:
+        with torch.no_grad(), _Linears() as seen:
+            trial.eager_forward(small)(small, *call.args)
+    except Exception as error:  # a family's code may fail in any way on dtypes that do not go together
+        return f"its own code does not run with a router in {_name(router_dtype)} and experts in {_name(dtype)} ({in_words(error)})"
+    computed = next((x for x, shape in seen.found if shape[0] == own.num_experts), dtype)
+    if computed == dtype:
+        return spec
+    return replace(spec, linear="weight" if computed == router_dtype else "float")
+
+
+class _Linears(TorchFunctionMode):
+    """Sees the linears that are computed: the dtype of the input, and the shape of the matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[tuple[torch.dtype, torch.Size]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear and len(args) > 1:
+            self.found.append((args[0].dtype, args[1].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _returns_logits(block: nn.Module, hidden: int) -> bool | str:
