@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dis
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,21 +79,21 @@ def _form(module: nn.Module) -> _Form | str | None:
     if output is None or any(children.get(name) is None for name in _INPUTS):
         return None
     layers = [children[name] for name in (*_INPUTS, output)]
+    others = [name for name in children if name not in (*_INPUTS, output) and children[name] is not None]
+    norms = tuple(name for first in "qk" for name in others if name.startswith(first) and "norm" in name)
+    gates = [name for name in others if name not in norms and next(children[name].parameters(), None) is not None]
+    if len(norms) not in (0, 2) or len(gates) > 1 or any(type(children[name]) is not nn.Linear for name in gates):
+        return f"what it does with {', '.join(f'`{name}`' for name in others)} is not known"
     reason = odd_module(module) or odd_linears((*_INPUTS, output), layers)
     if reason is not None or module._buffers:
-        return reason or f"it has the buffer `{next(iter(module._buffers))}`"
+        return reason or f"what it does with its buffer `{next(iter(module._buffers))}` is not known"
     biased = {layer.bias is not None for layer in layers[:3]}
     heads = _heads(*layers, vars(module).get("head_dim"))
     if heads is None or len(biased) > 1:
         shapes = ", ".join(f"{name} {list(layer.weight.shape)}" for name, layer in zip((*_INPUTS, output), layers, strict=True))
         return f"no number of heads explains its projections ({shapes})" if heads is None else "some of its projections have a bias, and some have none"
-    others = [name for name in children if name not in (*_INPUTS, output) and children[name] is not None]
-    norms = tuple(name for first in "qk" for name in others if name.startswith(first) and "norm" in name)
-    gates = [name for name in others if name not in norms]
-    if len(norms) not in (0, 2) or len(gates) > 1:
-        return f"it has the children {', '.join(others)} beside its projections"
     gate = gates[0] if gates else None
-    if gate is not None and (type(children[gate]) is not nn.Linear or children[gate].out_features not in (heads.heads, heads.heads * heads.value_dim)):
+    if gate is not None and children[gate].out_features not in (heads.heads, heads.heads * heads.value_dim):
         return f"its child `{gate}` is no gate of the heads"
     roles = base_roles(module, "")
     if isinstance(roles, str):
@@ -146,13 +146,31 @@ def _read(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> AttentionBl
             if isinstance(arguments, str):
                 reasons.append(arguments)
                 continue
-            for spec in _readings(replace(form.spec, roles=original.roles), norms, narrow):
-                spec = replace(spec, arguments=arguments)
-                if original.equals(spec.resized(dict(sizes))):
-                    return spec
-            reasons.append("it does not compute what its parts suggest")
-    # That a scale model fails says less than what another one showed.
-    return min(reasons, key=lambda reason: "cannot be run" in reason)
+            readings = [replace(spec, arguments=arguments) for spec in _readings(replace(form.spec, roles=original.roles), norms, narrow)]
+            spec = fitting(readings, lambda spec, original=original, sizes=dict(sizes): original.misses(spec.resized(sizes)))
+            if not isinstance(spec, str):
+                return spec
+            reasons.append(spec)
+    return most_telling(reasons)
+
+
+def fitting(readings: Iterable[Any], misses: Callable[[Any], list[str]]) -> Any:
+    """The first reading that misses nothing, or what the best one misses, in words."""
+    least = None
+    for reading in readings:
+        missed = misses(reading)
+        if not missed:
+            return reading
+        least = missed if least is None or len(missed) < len(least) else least
+    if least is not None and least[0].startswith("the argument"):
+        return f"{least[0]} decides what the module does"
+    what = ", ".join(name if name.startswith("its ") else f"`{name}`" for name in least or ["its result"])
+    return f"how it makes {what} is not known"
+
+
+def most_telling(reasons: list[str]) -> str:
+    """That a scale model fails says less than what another one showed; of two that fail, the later one had usual tables."""
+    return next((reason for reason in reasons if "cannot be run" not in reason), reasons[-1])
 
 
 def _norms(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> tuple[HeadNorm | None, ...] | None:

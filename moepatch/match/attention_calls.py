@@ -31,6 +31,8 @@ _FIRST = ("module", "query", "key", "value", "attention_mask")
 #: Makes a limit that clamps projections show.
 _LOUD = 100.0
 _BATCH, _SEQUENCE = 2, 6
+#: How many calls have all arguments; records of the others say which one is left out.
+_ALWAYS, _WITHOUT = 3, "moepatch_without"
 
 
 @functools.cache
@@ -103,14 +105,18 @@ class Subject:
         except Exception as error:  # a family's code may fail in any way on tables that are not its own
             return f"a scale model of it cannot be run ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
-    def equals(self, spec: Any) -> bool:
-        """Whether a patched twin does the same."""
+    def misses(self, spec: Any) -> list[str]:
+        """What is not the same of a patched twin: arguments of the attention function by name, or the result. Empty if it does the same."""
         twin = self.twin(spec)
         try:
             results, given = _run(twin, self.roles, self.call, None)
-        except Exception:  # a reading may be wrong in any way
-            return False
-        return all(d.ok for d in trial.differences(self.results, results)) and all(a is None or same(a, b) for a, b in zip(self.given, given, strict=True))
+        except Exception as error:  # a reading may be wrong in any way
+            return [type(error).__name__, *self.given[0]]
+        missed = [[] if a is None else [n for n in {**a, **(b or {})} if b is None or not same(a.get(n, a), b.get(n, b))] for a, b in zip(self.given, given, strict=True)]
+        for theirs, names in zip(self.given[_ALWAYS:], missed[_ALWAYS:], strict=True):
+            if theirs is not None and theirs[_WITHOUT] != self.roles.tables and bool(names) != any(missed[:_ALWAYS]):
+                return [f"the argument `{theirs[_WITHOUT]}`"]
+        return list(dict.fromkeys(sum(missed, []))) or [f"its {d.what}" for d in trial.differences(self.results, results) if not d.ok][:1]
 
     def twin(self, spec: Any) -> nn.Module:
         """A patched copy, of the same size and with the same weights."""
@@ -219,17 +225,18 @@ def _run(module: nn.Module, roles: Roles, call: Call, forward: Any) -> tuple[dic
         for name, default in zip(roles.names, roles.defaults, strict=True):
             if name in (roles.tokens, roles.cache):
                 continue
-            _without(module, forward, {**call.kwargs, name: None})
+            _without(name, module, forward, {**call.kwargs, name: None})
             if default is not REQUIRED:
-                _without(module, forward, {key: value for key, value in call.kwargs.items() if key != name})
+                _without(name, module, forward, {key: value for key, value in call.kwargs.items() if key != name})
     return results, module._moepatch_given
 
 
-def _without(module: nn.Module, forward: Any, kwargs: dict[str, Any]) -> None:
+def _without(name: str, module: nn.Module, forward: Any, kwargs: dict[str, Any]) -> None:
     """One more call, which may fail."""
     known = len(module._moepatch_given)
     try:
         forward(module, **kwargs)
+        module._moepatch_given[-1][_WITHOUT] = name
     except Exception:  # families need some arguments that have a default
         del module._moepatch_given[known:]
         module._moepatch_given.append(None)

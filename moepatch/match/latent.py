@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..layers.latent_heads import TURNS, LatentHeads
 from ..registry import register_matcher
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
-from .attention_block import arguments_of, odd_linears, odd_module, taken, without_index
+from .attention_block import arguments_of, fitting, most_telling, odd_linears, odd_module, taken, without_index
 from .attention_calls import Subject, same
 from .probe import finite_numbers
 from .roles import base_roles
@@ -58,8 +59,10 @@ def _form(module: nn.Module) -> LatentSpec | str | None:
     names = [name for name in dict.fromkeys((queries[0], queries[-1], *_OTHERS)) if "norm" not in name]
     gates = [name for name in children if name not in (*queries, *_OTHERS)]
     if len(gates) > 1:
-        return f"it has the children {', '.join(gates)} beside its projections"
-    reason = odd_module(module) or odd_linears((*names, *gates), [children[name] for name in (*names, *gates)])
+        return f"what it does with {', '.join(f'`{name}`' for name in gates)} is not known"
+    if gates and type(children[gates[0]]) is not nn.Linear:
+        return f"what it does with `{gates[0]}` is not known"
+    reason = odd_module(module) or odd_linears(names, [children[name] for name in names])
     tensors = [name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
     if reason is not None or tensors:
         return reason or f"what it does with its parameter `{tensors[0]}` is not known"
@@ -105,15 +108,18 @@ def _read(form: LatentSpec, module: nn.Module) -> LatentSpec | str:
         if isinstance(arguments, str):
             reasons.append(arguments)
             continue
-        for spec in _readings(replace(form, roles=original.roles, arguments=arguments), complex_tables, numbers):
-            small = spec.resized(sizes)
-            if original.equals(small) and _keeps_the_same(original, small):
-                return spec
-        reasons.append("it does not compute what its parts suggest")
+        spec = fitting(_readings(replace(form, roles=original.roles, arguments=arguments), complex_tables, numbers), partial(_misses, original, sizes))
+        if not isinstance(spec, str):
+            return spec
+        reasons.append(spec)
         if original.roles.tables is None:
             break
-    # That a scale model fails says less than what another one showed.
-    return min(reasons, key=lambda reason: "cannot be run" in reason)
+    return most_telling(reasons)
+
+
+def _misses(original: Subject, sizes: dict[int, int], spec: LatentSpec) -> list[str]:
+    missed = original.misses(spec.resized(sizes))
+    return missed or ([] if _keeps_the_same(original, spec.resized(sizes)) else ["its cache"])
 
 
 def _sizes(spec: LatentSpec, module: nn.Module) -> dict[int, int]:

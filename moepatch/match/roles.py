@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ EXTRA = "moepatch_extra"
 FROM_CACHE = "moepatch_from_cache"
 #: What is asked of a number or a tensor.
 _OPERATORS = (
-    "__bool__ __len__ __call__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __contains__ __index__ __int__ __float__ __neg__ __invert__ __enter__ __exit__ "
+    "__bool__ __call__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __contains__ __setitem__ __index__ __int__ __float__ __neg__ __invert__ __enter__ __exit__ "
     "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __mod__ __pow__ __matmul__ __rmatmul__ __and__ __rand__ __or__ __ror__"
 ).split()
 #: An index that no layer of a scale model has.
@@ -79,6 +79,9 @@ class StandIn:
             self.moepatch_look("__iter__")
         self.moepatch_unpacked = True
         return iter(self.moepatch_tables)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
     def __getitem__(self, place: Any) -> Tensor:
         if type(place) is not int or place not in (0, 1):
@@ -188,16 +191,27 @@ def attempt(
     parameters = named_parameters(module)
     if isinstance(parameters, str):
         return parameters
-    names, reasons = [p.name for p in parameters], []
+    names, stuck = [p.name for p in parameters], {}
     for first in names:
         found = _settled({name: tokens() if name == first else stand_in(name) for name in names}, first, tensors, run)
-        if not isinstance(found, str):
+        if isinstance(found, Attempt):
             return found
-        reasons.append(found)
-    return reasons[0] if reasons else "its forward takes no arguments by name"
+        stuck[first] = found
+    if not stuck:
+        return "its forward takes no arguments by name"
+    # Where the forward looks into another argument than the first, and not into the first if that one has tokens, that one has the tokens.
+    other = stuck[names[0]].argument
+    return stuck[other if other is not None and stuck[other].argument not in (None, names[0]) else names[0]].reason
 
 
-def _settled(values: dict[str, Any], tokens: str, tensors: Sequence[Callable[[], Any]], run: Callable[[dict], Any]) -> Attempt | str:
+class _Stuck(NamedTuple):
+    """Why a run did not go through, and the argument that was in the way, if one was."""
+
+    reason: str
+    argument: str | None = None
+
+
+def _settled(values: dict[str, Any], tokens: str, tensors: Sequence[Callable[[], Any]], run: Callable[[dict], Any]) -> Attempt | _Stuck:
     values, error = _fresh(values), None
     try:
         with torch.no_grad():
@@ -208,12 +222,12 @@ def _settled(values: dict[str, Any], tokens: str, tensors: Sequence[Callable[[],
     if looked is None:
         if error is None:
             return Attempt(tokens, values)
-        return f"a scale model of it cannot be run ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        return _Stuck(f"a scale model of it cannot be run ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})")
     for made in tensors:
         found = _settled({**values, looked.moepatch_name: made()}, tokens, tensors, run)
-        if not isinstance(found, str):
+        if isinstance(found, Attempt):
             return found
-    return f"the argument `{looked.moepatch_name}` decides what the module does"
+    return _Stuck(f"the argument `{looked.moepatch_name}` decides what the module does", looked.moepatch_name)
 
 
 def _fresh(values: dict[str, Any]) -> dict[str, Any]:
