@@ -23,8 +23,8 @@ import torch
 import transformers
 import zoo
 
-#: Numbers that count what anybody does.
-COUNTERS = ("torch.utils.hooks.RemovableHandle.next_id",)
+#: A number that counts what anybody does, and what transformers makes when the next of its modules is imported.
+COUNTERS = ("torch.utils.hooks.RemovableHandle.next_id", "transformers.utils.auto_docstring._re_model_task")
 #: What moepatch imports of torch anyway, and what registers operators when it is imported.
 IMPORTED = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.device_mesh", "torch.distributed._symmetric_memory")
 FAMILIES = ("qwen3_moe", "nemotron_h", "mixtral", "gpt_oss")
@@ -106,11 +106,14 @@ def use(family: str, model: torch.nn.Module, given: dict[str, Any]) -> None:
     """Plans, optimizes, runs and restores a model."""
     import moepatch
 
+    configured = copy.deepcopy(vars(model.config))
     moepatch.plan(model, measure=False)
+    assert vars(model.config) == configured, "a plan has changed the configuration"
     moepatch.optimize(model, measure=False)
     zoo.loss(model(**given)).backward()
     str(moepatch.report(model)), str(moepatch.inspect(model))
     moepatch.restore(model)
+    assert vars(model.config) == configured, "the configuration is not what it was"
 
 
 def in_threads(models: dict[str, tuple], rounds: int) -> list[str]:
