@@ -26,6 +26,7 @@ from ..site import Left, Refusal, Site
 from ..surgery import original_class
 from .attention_calls import Subject
 from .experts import left, make_site
+from .near import in_the_way
 from .norm import match_norm
 from .probe import fingerprint
 from .roles import base_roles
@@ -52,7 +53,7 @@ def match_attention_block(found: Found, scan: Scan, memo: dict) -> Site | Refusa
 def taken(found: Found, kind: str, reading: Any) -> Site | Left | None:
     """What a matcher returns for a spec, for a reason or for None."""
     if reading is None or isinstance(reading, str):
-        return None if reading is None else left(found, kind, reading)
+        return None if reading is None else left(found, kind, in_the_way(found.module) or reading)
     site = make_site(found, kind, reading, reading.parameter_names())
     return site if isinstance(site, Site) else left(found, kind, site.reason)
 
