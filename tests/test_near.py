@@ -86,6 +86,22 @@ def attention_child(model):
         layer.self_attn.gate_proj = Linear4bit(64, 64)
 
 
+def drop_out(model):
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wi, self.wo, self.drop = nn.Linear(64, 80), nn.Linear(80, 64), nn.Dropout(0.1)
+
+        def forward(self, x):
+            return self.wo(self.drop(torch.relu(self.wi(x))))
+
+    layers(model)[0].mlp = Mlp()
+
+
+def layer_norms_of_two_dtypes(model):
+    layers(model)[0].input_layernorm.bfloat16()
+
+
 def mlp_weight(model):
     layers(model)[0].mlp.scale = nn.Parameter(torch.ones(64))
 
@@ -104,6 +120,10 @@ NEARLY = {
     "a router with a child": ("qwen3_moe", router_child, "router", "2 × Qwen3MoeTopKRouter keep their own forward: it has children (extra)"),
     "a norm with a bias": ("qwen3_moe", norm_bias, "norm", "2 × Qwen3MoeRMSNorm keep their own forward: it has 2 parameters (weight, bias)"),
     "a layer around such norms": ("qwen3_moe", norm_bias, "residual", "2 × Qwen3MoeDecoderLayer keep their own forward: "),
+    "an MLP with dropout": ("deepseek_v3", drop_out, "mlp", "Mlp keeps its own forward: it drops numbers out in training (drop, p=0.1)"),
+    "a layer with norms of two dtypes": (
+        "qwen3_moe", layer_norms_of_two_dtypes, "residual", "Qwen3MoeDecoderLayer keeps its own forward: its weights have mixed dtypes (input_layernorm.weight bfloat16"
+    ),
     "a LayerNorm": ("qwen3_moe", layer_norm, "norm", "LayerNorm keeps its own forward: it is a LayerNorm, which subtracts the mean"),
     "a layer with four norms": ("qwen3_moe", more_norms, "residual", "2 × Qwen3MoeDecoderLayer keep their own forward: it has 4 norms"),
     "a head of its own class": ("qwen3_moe", head_of_another_class, "loss", "ScaledHead keeps its own forward: it is a ScaledHead, not a Linear"),
@@ -279,6 +299,15 @@ def test_a_configuration_that_counts_experts_is_no_model_without_a_mixture():
     (note,) = [n for n in report.notes if "experts" in n]
     assert note == "none of its modules was recognised as experts, though its configuration counts experts (num_local_experts=8)"
     assert "no mixture" not in str(moepatch.inspect(model))
+
+
+def test_experts_of_a_dtype_that_nothing_computes_with_are_refused(qwen3):
+    for layer in layers(qwen3):
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(layer.mlp.experts, name).data.to(torch.float8_e4m3fn)
+            setattr(layer.mlp.experts, name, nn.Parameter(weight, requires_grad=False))
+    plan = make_plan(qwen3)
+    assert {r.reason for r in plan.refusals} == {"its weights are float8_e4m3fn, which no backend computes with"} and len(plan.refusals) == 2
 
 
 def test_experts_that_are_only_called_so_are_refused():

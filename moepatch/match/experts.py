@@ -19,7 +19,7 @@ from ..registry import register_matcher
 from ..replica import size_map
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
-from .near import class_name
+from .near import FLOATS, class_name
 from .probe import candidates, fingerprint, finite_numbers, misfit, recognise
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -68,6 +68,8 @@ def make_site(found: Found, kind: str, spec, parameter_names: tuple[str, ...]) -
     if len(dtypes) > 1:
         listed = ", ".join(f"{name} {str(p.dtype).removeprefix('torch.')}" for name, p in parameters.items())
         return refusal(found, f"its weights have mixed dtypes ({listed})")
+    if not dtypes <= {str(dtype).removeprefix("torch.") for dtype in FLOATS}:
+        return refusal(found, f"its weights are {dtypes.pop()}, which no backend computes with")
     return Site(
         kind=kind,
         fqns=found.fqns,

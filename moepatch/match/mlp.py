@@ -77,7 +77,7 @@ def _read(module: nn.Module) -> MlpSpec | str:
         misfitting = "" if activation is None else misfit(small, "mlp", replace(scaled, activation=activation), {})
         if misfitting is None:
             return replace(spec, activation=activation)
-        reason = f"patched it would compute something else: {misfitting}" if misfitting else f"its activation{_named_activation(module)} is none that is known"
+        reason = f"patched it would compute something else: {misfitting}" if misfitting else _odd_between(module)
     return reason
 
 
@@ -85,10 +85,14 @@ def _shapes_of(module: nn.Module) -> str:
     return ", ".join(f"{name} {list(layer.weight.shape)}" for name, layer in _linear_layers(module).items())
 
 
-def _named_activation(module: nn.Module) -> str:
-    """The class of the child without weights that may be it, in brackets."""
-    bare = [type(child).__name__ for child in module.children() if next(child.parameters(), None) is None and not isinstance(child, nn.Dropout)]
-    return f" ({bare[0]})" if len(bare) == 1 else ""
+def _odd_between(module: nn.Module) -> str:
+    """What is wrong where an activation stands, by the children without weights."""
+    bare = {name: child for name, child in module.named_children() if next(child.parameters(), None) is None}
+    dropping = next((name for name, child in bare.items() if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0), None)
+    if dropping is not None:
+        return f"it drops numbers out in training ({dropping}, p={bare[dropping].p})"
+    classes = [type(child).__name__ for child in bare.values() if not isinstance(child, nn.modules.dropout._DropoutNd)]
+    return f"its activation{f' ({classes[0]})' if len(classes) == 1 else ''} is none that is known"
 
 
 def _shapes(module: nn.Module) -> Iterator[MlpSpec]:

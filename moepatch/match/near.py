@@ -44,7 +44,8 @@ _MLP_CHILDREN = (
     {"up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {"fc1", "fc2"}, {"w1", "w2"}, {"c_fc", "c_proj"}, {"wi", "wo"}, {"wi_0", "wo"},
     {"dense_h_to_4h", "dense_4h_to_h"}, {"fc_in", "fc_out"}, {"lin1", "lin2"}, {"linear1", "linear2"}, {"up", "down"},
 )  # fmt: skip
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+#: What weights are computed with.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 #: What a near miss of each sort is not looked for in: a module that holds one of these is their holder, not one of them.
 _HOLDS = {
     "attention": {"attention"}, "mixer": {"attention", "mixer", "mlp", "mixture"}, "router": {"router"}, "norm": {"attention", "mixer", "mixture"},
@@ -87,7 +88,7 @@ def in_the_way(module: nn.Module) -> str | None:
         classes = ", ".join(dict.fromkeys(type(inner).__name__ for inner in odd.values()))
         return f"its projections are {classes}, not Linear" if len(odd) > 1 else f"{next(iter(odd))} is a {classes}, not a Linear"
     for name, p in module.named_parameters():
-        if p.dtype not in _FLOATS:
+        if p.dtype not in FLOATS:
             return f"{name} is {str(p.dtype).removeprefix('torch.')}"
         if p.numel() == 0:
             return f"{name} holds no numbers (its shape is {list(p.shape)})"

@@ -48,7 +48,8 @@ def match_residual(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Lef
     if not isinstance(spec, ResidualSpec):
         listed = any(isinstance(parent, nn.ModuleList) for parent, _ in found.parents)
         return left(found, "residual", spec or "it adds up something else than h + child(norm(h))") if listed else None
-    return make_site(found, "residual", spec, tuple(f"{b.norm}.{norms[b.norm].weight}" for b in spec.branches))
+    site = make_site(found, "residual", spec, tuple(f"{b.norm}.{norms[b.norm].weight}" for b in spec.branches))
+    return site if isinstance(site, Site) else left(found, "residual", site.reason)
 
 
 def _norms(layer: nn.Module, memo: dict) -> dict[str, NormSpec]:
