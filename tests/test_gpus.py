@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moepatch import gpus, needs
+from moepatch import gpus, needs, registry
 from moepatch.gpus import GPUS
 from moepatch.kernels import requirements
+from moepatch.layers.attention.spec import AttentionSpec
+from moepatch.layers.attention.torch_kernels import why_not_cudnn
 from moepatch.layers.mixers.backends import ssd_size
 
 ROOT = Path(__file__).parents[1]
@@ -109,3 +111,16 @@ def test_kernels_compile_for_every_gpu_and_the_file_is_fresh():
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_every_backend_can_be_asked_about_a_gpu_that_is_not_here(name, monkeypatch):
+    import moepatch.kinds  # noqa: F401  (registers all of them)
+
+    monkeypatch.setattr(needs, "installed", lambda module: module == "triton")
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0")
+    answers = {(b.table, b.name): b.why_not(None, torch.bfloat16, GPUS[name]) for table in registry.tables() for b in registry.backends(table)}
+    assert all(answer is None or isinstance(answer, str) for answer in answers.values())
+    assert answers["norm", "triton"] is None and answers["ssd", "triton"] is None
+    wide = AttentionSpec(heads=8, kv_heads=8, head_dim=192, v_head_dim=128)
+    assert isinstance(why_not_cudnn(wide, torch.bfloat16, GPUS[name]), str | None)

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..gpus import Gpu
 from ..kernels.symm_mem import Edges
 from .base import Received
 from .chain import ALONE, Chain
@@ -35,7 +36,7 @@ from .mover import Mover
 from .one_host import CudaMemory
 
 
-def why_not(spec, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not(spec, dtype: torch.dtype, device: torch.device | Gpu) -> str | None:
     """None if tokens can be dispatched through symmetric memory from this device, else the reason; see `registry.Backend`."""
     if device.type != "cuda":
         return f"needs CUDA GPUs, this is {device.type}"
@@ -43,6 +44,8 @@ def why_not(spec, dtype: torch.dtype, device: torch.device) -> str | None:
         return "needs Triton, which is not installed"
     if not dist.is_available() or importlib.util.find_spec("torch.distributed._symmetric_memory") is None:
         return f"torch {torch.__version__} was built without symmetric memory"
+    if isinstance(device, Gpu):
+        return None  # which GPUs stand beside it is not known
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count()))
     if world > here:

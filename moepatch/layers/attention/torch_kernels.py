@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...gpus import Gpu
 from .kernel import How, Kernel, needs_gpu, wrong_dims
 from .sinks import with_sinks
 from .spec import AttentionSpec
@@ -97,7 +98,7 @@ def run_flash(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     return out[..., :dim] if dim < out.shape[-1] else out
 
 
-def why_not_cudnn(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not_cudnn(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.device | Gpu) -> str | None:
     """See `Kernel.why_not`."""
     reason = needs_gpu(dtype, device, (8, 0))
     if reason is None:
@@ -109,7 +110,8 @@ def why_not_cudnn(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.
     if spec.softcap is not None:
         return "torch's cuDNN attention has no softcap"
     wide = spec.head_dim > 128 or spec.head_dim != spec.v_head_dim
-    return wrong_dims(spec, 256) or (_why_cudnn_fails(replace(spec, sinks=False), dtype, device) if wide else None)
+    here = not isinstance(device, Gpu)  # what cannot be tried is taken on trust
+    return wrong_dims(spec, 256) or (_why_cudnn_fails(replace(spec, sinks=False), dtype, device) if wide and here else None)
 
 
 def why_not_flash(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.device) -> str | None:
