@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import zoo
 from ranks import on_ranks
-from test_parallel import mesh_of
+from test_parallel import batch as reference_batch
+from test_parallel import check_gradients, mesh_of, reference
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
@@ -122,6 +123,37 @@ def seen_between():
 
 def test_nobody_sees_or_uses_what_is_gathered_at_the_wrong_time():
     on_ranks(2, seen_between)
+
+
+class Normed(torch.nn.Embedding):
+    """Embeddings with a norm inside, as some families have them."""
+
+    def __init__(self, rows, width):
+        torch.manual_seed(0)
+        super().__init__(rows, width)
+        self.norm = torch.nn.LayerNorm(width)
+        torch.nn.init.uniform_(self.norm.weight)
+
+    def forward(self, ids):
+        return self.norm(super().forward(ids))
+
+
+def normed(model):
+    model.set_input_embeddings(Normed(*model.get_input_embeddings().weight.shape))
+
+
+def normed_embeddings():
+    """The norm's backward reads its weight, which has to be there."""
+    _, grads = reference("qwen3_moe", dist.get_world_size(), adapt=normed)
+    model = zoo.build("qwen3_moe")
+    normed(model)
+    model = moepatch.optimize(model, mesh_of({"ep": 2}), verify=False)
+    zoo.loss(model(**reference_batch("qwen3_moe", model, dist.get_rank()))).backward()
+    check_gradients(model, grads)
+
+
+def test_embeddings_with_more_than_a_table():
+    on_ranks(2, normed_embeddings)
 
 
 def test_ends_are_modules_of_their_own_unless_tied():

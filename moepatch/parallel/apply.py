@@ -93,7 +93,8 @@ def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter],
             chains.append([_shard_alone(layer, mesh, ignored, journal) for layer in layers])
     if embeddings is not None:
         journal.do(FullyShard([embeddings], mesh, ignored))
-        journal.do(NoGatherInBackward(embeddings))
+        if list(embeddings.parameters()) == [embeddings.weight]:  # else a norm or the like inside reads its own in the backward
+            journal.do(NoGatherInBackward(embeddings))
     if head is not None:
         # The loss may read its weight after its forward, and the backward begins with it.
         journal.do(FullyShard([head], mesh, ignored, reshard_after_forward=False))
@@ -116,7 +117,8 @@ def _shard_alone(
     odd = [p for parameters in odd_parameters(unit, ignored).values() for p in parameters]
     journal.do(FullyShard([unit], mesh, ignored.union(odd), reshard_after_forward))
     for module in owners(unit, odd):
-        _shard_parameters(module, [p for p in odd if any(p is own for own in module._parameters.values())], mesh, journal, reshard_after_forward=True)
+        own = [p for p in odd if any(p is other for other in module._parameters.values())]
+        _shard_parameters(module, own, mesh, journal, reshard_after_forward=True)
     return [unit]
 
 
