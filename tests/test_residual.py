@@ -17,6 +17,7 @@ from moepatch.layers.norm import PatchedNorm, reference_norm
 from moepatch.layers.residual import PatchedResidual, ResidualState, StreamOps
 from moepatch.match.residual import match_residual
 from moepatch.scan import Scan
+from moepatch.site import Site
 from moepatch.surgery import InjectClass
 
 FAMILIES = ["qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3", "nemotron_h"]
@@ -25,7 +26,7 @@ FAMILIES = ["qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3", "nemotron_h"]
 def found_layers(model):
     scan, memo = Scan(model), {}
     sites = [match_residual(found, scan, memo) for found in scan]
-    return [site for site in sites if site is not None]
+    return [site for site in sites if isinstance(site, Site)]
 
 
 def both(name, **overrides):

@@ -41,7 +41,7 @@ class PatchedExperts(Patched):
         top_k_weights: routing weights ``[T, K]``, of any floating dtype.
 
     Returns:
-        Tokens of the shape and dtype of `hidden_states`.
+        Tokens of the shape (see also `ExpertsSpec.by_sequence`) and dtype of `hidden_states`.
     """
 
     _moepatch: ExpertsState
@@ -59,7 +59,7 @@ class PatchedExperts(Patched):
         y_TH = self._through_experts(x_TH.to(dtype), topk_ids_TK, topk_weights_TK).to(hidden_states.dtype)
         if spec.identity_experts:
             y_TH = y_TH + _identity(x_TH, topk_ids_TK, topk_weights_TK, spec)
-        return y_TH.view(hidden_states.shape)
+        return y_TH.view(hidden_states.shape[0], -1, spec.hidden) if spec.by_sequence else y_TH.view(hidden_states.shape)
 
     def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None, ranks: int = 1) -> Tensor:
         """The experts' weighted sum, in the dtype of `x_TH`; `rows` and `ranks` as in `ExpertWeights`."""
