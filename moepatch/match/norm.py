@@ -94,7 +94,12 @@ def _read(module: nn.Module) -> NormSpec | None:
     if formula is None:
         return None
     spec = _rounded(module, formula)
-    return spec if spec is not None and _mixes(module, spec) and misfit(module, "norm", spec, {}) is None else None
+    return spec if spec is not None and _mixes(module, spec) and misfit(module, "norm", spec, _narrow(spec)) is None else None
+
+
+def _narrow(spec: NormSpec) -> dict[int, int]:
+    """Sizes of a scale model, whose rows may be many; at its own width a norm has been compared already."""
+    return {} if spec.group or spec.width <= 64 else {spec.width: 32}
 
 
 def _takes_gate(module: nn.Module) -> bool | None:

@@ -17,7 +17,8 @@ from ..experts.activation import FORMULAS, Activation, split_gate
 from ..kinds import KINDS
 from ..layout.experts import ExpertsLayout
 from ..replica import random_fill, replica
-from .witness import Witness, regimes
+from .witness import Witness
+from .settled import settled
 
 #: Numbers of a tensor that are compared one by one.
 _FEW = 4096
@@ -45,8 +46,7 @@ def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | N
             ours = trial.run(twin, call, hidden=True)
         except Exception as error:  # a family's code may fail in any way on a layout that is not its own
             return f"a scale model of it cannot be run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        reason = words(trial.differences(theirs, ours))
-        return reason or Witness(original, twin, forward).objection(regimes(KINDS[kind], scaled, call, original, generator))
+        return words(trial.differences(theirs, ours)) or settled(Witness(original, twin, forward), KINDS[kind], scaled, call, generator)
 
 
 def words(rows: list[trial.Difference]) -> str | None:

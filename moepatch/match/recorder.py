@@ -78,14 +78,17 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         sites: by operator and constant.
+        trace: every operator in order, with its plain arguments.
     """
 
     def __init__(self):
         super().__init__()
         self.sites: dict[Key, Sides] = {}
+        self.trace: list[tuple] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        self.trace.append((func, *(a for a in (*args, *kwargs.values()) if isinstance(a, (bool, int, float, str, torch.dtype)))))
         op, in_place = _named(func)
         watched = op in _WATCHED or op == "div" and kwargs.get("rounding_mode") is not None
         if not watched or not (isinstance(args[0], Tensor) and args[0].numel()):

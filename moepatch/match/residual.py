@@ -322,13 +322,13 @@ def _disagreement(layer, norms, forms, spec: ResidualSpec, everything: dict[str,
     return _witness(layer, norms, forms, spec).objection(_calls(norms, everything))
 
 
-def _calls(norms: dict[str, NormSpec], arguments: dict[str, Any]) -> Iterator[tuple[str, trial.Call]]:
+def _calls(norms: dict[str, NormSpec], arguments: dict[str, Any]) -> Iterator[tuple[str, trial.Call, bool]]:
     ordinary = _call(norms, arguments)
-    yield "", ordinary
+    yield "", ordinary, True
     for factor in (30.0, 1e-3, 1e5):
-        yield f"with inputs × {factor:g}", scaled(ordinary, factor)
+        yield f"with inputs × {factor:g}", scaled(ordinary, factor), False
     for shape in _SHAPES:
-        yield f"with {shape[0] * shape[1]} token{'s' if shape[1] > 1 else ''}", _call(norms, arguments, shape)
+        yield f"with {shape[0] * shape[1]} token{'s' if shape[1] > 1 else ''}", _call(norms, arguments, shape), shape in (_SHAPES[0], _SHAPES[-1])
 
 
 def _same_call(a: _Written, b: _Written) -> bool:

@@ -12,6 +12,7 @@ them there, too.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -63,20 +64,34 @@ class Witness:
     theirs: dict[Key, Sides] = field(default_factory=dict)
     ours: dict[Key, Sides] = field(default_factory=dict)
 
-    def objection(self, calls: Iterator[tuple[str, Call]]) -> Objection | None:
+    def objection(self, calls: Iterator[tuple[str, Call, bool]]) -> Objection | None:
         """What is different between the two, in words; None if nothing is.
 
         Args:
-            calls: with what is special about each; the first is an ordinary one.
+            calls: with what is special about each, and whether it is tried in evaluation, too; the first is an ordinary one.
         """
         ordinary = None
-        for what, call in calls:
+        for what, call, evaluation in calls:
             ordinary = ordinary or call
-            for training in (False, True):
+            for training in (False, True) if evaluation else (True,):
                 reason = self.unlike(call, training)
                 if reason is not None:
                     return Objection(f"{what}{' ' if what else ''}in {'training' if training else 'evaluation'} {reason}")
         return self._thresholds(ordinary)
+
+    def trace(self, call: Call) -> tuple | None:
+        """What the family's code runs in an ordinary call, in training and not; None if that cannot be had."""
+        found = []
+        for training in (False, True):
+            recorder = Recorder()
+            args, kwargs = tree_map(_copied, (call.args, dict(call.kwargs)))
+            try:
+                with torch.no_grad(), trial.torch_formulas(), recorder:
+                    self.forward(self.original.train(training), *args, **kwargs)
+            except Exception:  # then there is nothing to tell modules apart by
+                return None
+            found += recorder.trace
+        return tuple(found)
 
     def unlike(self, call: Call, training: bool, must_run: bool = False) -> str | None:
         """How the results of one call differ, in words. What the family's code does not take is no difference unless it `must_run`."""
@@ -166,33 +181,45 @@ def scaled(call: Call, factor: float, leaf: int | None = None) -> Call:
     return call.mapped(lambda t: t * factor if t is target else t)
 
 
-def regimes(kind: Kind, spec: Any, call: Call, module: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, Call]]:
-    """Calls of every kind, the ordinary one first, with words for what is special about each."""
+def regimes(kind: Kind, spec: Any, call: Call, module: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, Call, bool]]:
+    """Calls of every kind for `Witness.objection`, the ordinary one first."""
     device = torch.device("cpu")
-    yield "", call
+    yield "", call, True
     for what, other in kind.regimes(spec, torch.float32, device, generator):
-        yield what, other
-    if call.leaves():
-        for factor in _FACTORS:
-            yield f"with inputs × {factor:g}", scaled(call, factor)
+        yield what, other, True
+    for factor in _FACTORS if call.leaves() else ():
+        yield f"with inputs × {factor:g}", scaled(call, factor), False
     if kind.bench is not None:
         per_token = max(leaf.numel() for leaf in kind.bench(spec, torch.float32, device, generator, 2).leaves()) // 2
-        for tokens in sorted({*_TOKENS, *_numbers(module)} & set(range(kind.most_tokens + 1))):
-            if tokens * per_token <= _MOST_NUMBERS:
-                yield f"with {tokens} token{'s' if tokens > 1 else ''}", kind.bench(spec, torch.float32, device, generator, tokens)
+        most = min(kind.most_tokens, _MOST_NUMBERS // per_token)
+        counts = sorted(tokens for tokens in {*_TOKENS, *_numbers(module)} if tokens <= most)
+        for tokens in counts:
+            call = kind.bench(spec, torch.float32, device, generator, tokens)
+            yield f"with {tokens} token{'s' if tokens > 1 else ''}", call, tokens in (1, counts[-1])
 
 
 def _numbers(module: nn.Module) -> set[int]:
     """Counts of tokens that the code or the attributes of a module may mean, and one more of each."""
-    found = {value for part in module.modules() for value in vars(part).values() if type(value) is int}
+    found: set[int] = set()
     for part in module.modules():
-        for cls in original_class(part).__mro__:
-            if cls is nn.Module:
-                break
-            if not cls.__module__.startswith("torch."):
-                found |= {number for value in vars(cls).values() if isinstance(value, FunctionType) for number in _constants(value.__code__)}
-    large = sorted(number for number in found if _LEAST < number < 2**16)
+        # Smaller attributes are widths, as a rule, and the usual counts of tokens lie around them.
+        found |= {value for value in vars(part).values() if type(value) is int and value > _TOKENS[-2]}
+        found |= {number for function in functions_of(part) for number in _constants(function.__code__) if number > _LEAST}
+    large = sorted(number for number in found if number < 2**16)
     return {n for number in large[:8] for n in (number, number + 1)}
+
+
+def functions_of(module: nn.Module) -> Iterator[FunctionType]:
+    """The functions of a module's own classes, above those of torch."""
+    for cls in original_class(module).__mro__:
+        if cls is nn.Module:
+            break
+        if not cls.__module__.startswith("torch."):
+            yield from (value for value in map(_unwrapped, vars(cls).values()) if isinstance(value, FunctionType))
+
+
+def _unwrapped(value: Any) -> Any:
+    return inspect.unwrap(value) if isinstance(value, FunctionType) else value
 
 
 def _constants(code: CodeType) -> Iterator[int]:
@@ -214,7 +241,7 @@ class _Outcome:
 
 def _called(module: nn.Module, forward: Callable[..., Any], call: Call, sites: dict[Key, Sides]) -> _Outcome:
     """One call without gradients. Its thresholds are added to `sites` if it succeeds."""
-    args, kwargs = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (call.args, dict(call.kwargs)))
+    args, kwargs = tree_map(_copied, (call.args, dict(call.kwargs)))
     before, recorder = state_of(module), Recorder()
     with torch.no_grad(), trial.torch_formulas(), recorder:
         returned = forward(module, *args, **kwargs)
@@ -224,6 +251,10 @@ def _called(module: nn.Module, forward: Callable[..., Any], call: Call, sites: d
     given = [leaf for leaf in tree_flatten((call.args, dict(call.kwargs)))[0] if isinstance(leaf, Tensor)]
     written = {f"input {i}": now for i, (was, now) in enumerate(zip(given, inputs, strict=True)) if not torch.equal(was, now)}
     return _Outcome(trial.form_of(returned), {**trial.returned_tensors(returned), **written}, changes(before, state_of(module)))
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _difference(theirs: _Outcome, ours: _Outcome) -> tuple[str | None, float]:
