@@ -23,10 +23,12 @@ from ..layers.attention_block import AttentionBlockSpec, attention_functions
 from ..replica import random_fill, replica
 from ..surgery import original_class
 from ..trial import Call
+from .attention_witness import attention_objection
 
 _RECORDER = "moepatch_recorder"
 #: Makes a limit that clamps projections show.
 _LOUD = 100.0
+_SEQUENCE = 6
 
 
 @functools.cache
@@ -62,6 +64,7 @@ class Subject:
         call: an ordinary call, of a module in training.
         results: outputs and gradients of that call.
         given: what its attention function was given: in that call, in a loud one, and in evaluation with a cache.
+        objection: what a second witness found in the twin that was equal last, if anything.
     """
 
     module: nn.Module
@@ -69,6 +72,7 @@ class Subject:
     call: Call
     results: dict[str, Tensor]
     given: list[dict[str, Any]]
+    objection: str | None = None
 
     @classmethod
     def made(cls, module: nn.Module, sizes: dict[int, int], called: Callable[[torch.Generator], Call], kind: Kind) -> Subject | None:
@@ -95,7 +99,10 @@ class Subject:
             results, given = _run(twin, self.call, None)
         except Exception:  # a reading may be wrong in any way
             return False
-        return all(d.ok for d in trial.differences(self.results, results)) and all(map(_same, self.given, given))
+        if not all(d.ok for d in trial.differences(self.results, results)) or not all(map(_same, self.given, given)):
+            return False
+        self.objection = attention_objection(self.module, twin, spec, self.call, _SEQUENCE)
+        return self.objection is None
 
     def twin(self, spec: Any) -> nn.Module:
         """A patched copy, of the same size and with the same weights."""
@@ -109,7 +116,7 @@ def heads_call(spec: AttentionBlockSpec, table: int, generator: torch.Generator)
     def made(*shape):
         return torch.randn(shape, generator=generator)
 
-    batch, sequence = 2, 6
+    batch, sequence = 2, _SEQUENCE
     kwargs = {"hidden_states": made(batch, sequence, spec.hidden), "attention_mask": made(batch, 1, sequence, sequence), "position_ids": torch.arange(6)[None]}
     if "position_embeddings" in spec.parameters:
         kwargs["position_embeddings"] = (made(batch, sequence, table), made(batch, sequence, table))

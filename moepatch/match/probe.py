@@ -17,8 +17,8 @@ from ..experts.activation import FORMULAS, Activation, split_gate
 from ..kinds import KINDS
 from ..layout.experts import ExpertsLayout
 from ..replica import random_fill, replica
-from .witness import Witness
 from .settled import settled
+from .witness import Witness, regimes
 
 #: Numbers of a tensor that are compared one by one.
 _FEW = 4096
@@ -46,7 +46,11 @@ def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | N
             ours = trial.run(twin, call, hidden=True)
         except Exception as error:  # a family's code may fail in any way on a layout that is not its own
             return f"a scale model of it cannot be run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        return words(trial.differences(theirs, ours)) or settled(Witness(original, twin, forward), KINDS[kind], scaled, call, generator)
+        reason = words(trial.differences(theirs, ours))
+        if reason is not None:
+            return reason
+        made = KINDS[kind]
+        return settled(Witness(original, twin, forward), (kind, made.regimes, made.bench, scaled), call, lambda: regimes(made, scaled, call, original, generator))
 
 
 def words(rows: list[trial.Difference]) -> str | None:

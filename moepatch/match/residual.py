@@ -28,6 +28,7 @@ from ..surgery import original_class
 from .experts import left, make_site
 from .norm import read_norm
 from .probe import fingerprint, words
+from .settled import settled
 from .witness import Witness, scaled
 
 _SHAPE = (3, 4)  # no branch can be unpacked into two by mistake
@@ -319,7 +320,8 @@ def _disagreement(layer, norms, forms, spec: ResidualSpec, everything: dict[str,
             return f"it computes something else than h + {spec.branches[0].child}({spec.branches[0].norm}(h)): {reason}"
         if len(written) != len(rewritten) or not all(map(_same_call, written, rewritten)):
             return "it does not hand on its arguments as they are"
-    return _witness(layer, norms, forms, spec).objection(_calls(norms, everything))
+    known = (spec, tuple(forms.items()), tuple(everything))
+    return settled(_witness(layer, norms, forms, spec), known, _call(norms, everything), lambda: _calls(norms, everything))
 
 
 def _calls(norms: dict[str, NormSpec], arguments: dict[str, Any]) -> Iterator[tuple[str, trial.Call, bool]]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..kind import Kind
 from ..trial import Call
-from .witness import Objection, Witness, functions_of, regimes
+from .witness import Objection, Witness, functions_of
 
 _KEPT = 256
 _VERDICTS: OrderedDict[tuple, Objection | None] = OrderedDict()
@@ -26,13 +26,20 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _INDEX = "layer_idx"
 
 
-def settled(witness: Witness, kind: Kind, spec: Any, call: Call, generator: torch.Generator) -> Objection | None:
-    """The verdict on a module: the one on an equal module, or a new one."""
-    key = _key(witness, kind, spec, call)
+def settled(witness: Witness, kind: tuple, call: Call, calls: Callable[[], Iterable[tuple[str, Call, bool]]]) -> Objection | None:
+    """The verdict on a module: the one on an equal module, or a new one.
+
+    Args:
+        witness: has seen nothing yet.
+        kind: what the calls and the twin depend on beside the module.
+        call: an ordinary one.
+        calls: makes those of `Witness.objection`.
+    """
+    key = _key(witness, kind, call)
     with _LOCK:
         if key is not None and key in _VERDICTS:
             return _VERDICTS[key]
-    verdict = witness.objection(regimes(kind, spec, call, witness.original, generator))
+    verdict = witness.objection(calls())
     if key is not None:
         with _LOCK:
             _VERDICTS[key] = verdict
@@ -41,10 +48,10 @@ def settled(witness: Witness, kind: Kind, spec: Any, call: Call, generator: torc
     return verdict
 
 
-def _key(witness: Witness, kind: Kind, spec: Any, call: Call) -> tuple | None:
+def _key(witness: Witness, kind: tuple, call: Call) -> tuple | None:
     """Equal for modules that are; None for one that holds what cannot be compared."""
     trace, identity = witness.trace(call), _identity(witness.original)
-    key = None if trace is None or identity is None else (kind.name, kind.regimes, kind.bench, spec, identity, trace)
+    key = None if trace is None or identity is None else (kind, identity, trace)
     try:
         hash(key)
     except TypeError:

@@ -191,22 +191,21 @@ def regimes(kind: Kind, spec: Any, call: Call, module: nn.Module, generator: tor
         yield f"with inputs × {factor:g}", scaled(call, factor), False
     if kind.bench is not None:
         per_token = max(leaf.numel() for leaf in kind.bench(spec, torch.float32, device, generator, 2).leaves()) // 2
-        most = min(kind.most_tokens, _MOST_NUMBERS // per_token)
-        counts = sorted(tokens for tokens in {*_TOKENS, *_numbers(module)} if tokens <= most)
+        counts = counts_of_tokens(module, min(kind.most_tokens, _MOST_NUMBERS // per_token))
         for tokens in counts:
             call = kind.bench(spec, torch.float32, device, generator, tokens)
             yield f"with {tokens} token{'s' if tokens > 1 else ''}", call, tokens in (1, counts[-1])
 
 
-def _numbers(module: nn.Module) -> set[int]:
-    """Counts of tokens that the code or the attributes of a module may mean, and one more of each."""
+def counts_of_tokens(module: nn.Module, most: int) -> list[int]:
+    """Few and many, and those that the code or the attributes of a module may mean, and one more of each; none above `most`."""
     found: set[int] = set()
     for part in module.modules():
         # Smaller attributes are widths, as a rule, and the usual counts of tokens lie around them.
         found |= {value for value in vars(part).values() if type(value) is int and value > _TOKENS[-2]}
         found |= {number for function in functions_of(part) for number in _constants(function.__code__) if number > _LEAST}
-    large = sorted(number for number in found if number < 2**16)
-    return {n for number in large[:8] for n in (number, number + 1)}
+    large = sorted(number for number in found if number < most)
+    return sorted({tokens for tokens in _TOKENS if tokens <= most} | {n for number in large[:8] for n in (number, number + 1)})
 
 
 def functions_of(module: nn.Module) -> Iterator[FunctionType]:
