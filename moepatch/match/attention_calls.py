@@ -126,7 +126,7 @@ def heads_call(spec: AttentionBlockSpec, table: int, generator: torch.Generator)
 def _run(module: nn.Module, call: Call, forward) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Results and records of the calls that `Subject` describes."""
     module._moepatch_given = []
-    results = trial.run(module.train(), call, forward=forward)
+    results = trial.run(module.train(), call, forward=forward, hidden=True)
     forward = type(module).forward if forward is None else forward
     with torch.no_grad():
         loud = {**call.kwargs, "hidden_states": call.kwargs["hidden_states"] * _LOUD}

@@ -123,7 +123,7 @@ def _formulas(module: nn.Module, gated: bool) -> Iterator[NormSpec]:
 
 def _same_numbers(module: nn.Module, spec: NormSpec) -> bool:
     theirs, ours = _both(module, spec, torch.float32)
-    return theirs is not None and theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+    return theirs is not None and theirs.shape == ours.shape and theirs.dtype == ours.dtype and torch.allclose(theirs, ours, rtol=1e-5, atol=1e-6)
 
 
 def _rounded(module: nn.Module, formula: NormSpec) -> NormSpec | None:

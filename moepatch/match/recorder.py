@@ -31,6 +31,8 @@ _STEPS = frozenset(
     "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine quantize_per_tensor".split()
 )
 _ITEM = "_local_scalar_dense"
+#: Of a thousand small numbers, one that is 0 instead changes no result by more than rounding does.
+_SHARE = 0.01
 
 
 class Key(NamedTuple):
@@ -53,7 +55,7 @@ class Sides:
     """What was seen of the numbers at one operator.
 
     Attributes:
-        below, above: whether some were on this side of the threshold; of a test, whether it was ever false and ever true.
+        below, above: whether so many were on this side of the threshold in one call that it counts; of a test, whether it was false and true.
         low, high: the smallest and the largest number.
     """
 
@@ -123,18 +125,23 @@ def _seen(op: str, func: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], re
                     yield _bounded(op, bound, x, limit)
     elif op in _EITHER:
         # One tensor with one number is a clamp.
-        yield Key(op, _number(args[1])), Sides(bool((x < args[1]).any()), bool((x > args[1]).any()), *_range(x))
+        yield Key(op, _number(args[1])), Sides(_counts(x < args[1]), _counts(x > args[1]), *_range(x))
     elif op in _ORDER or op in _TESTS:
         # Whether a whole number is equal to another one is how experts are told apart.
         if op in _ORDER or x.is_floating_point() and op != "logical_not":
-            yield Key(op, _number(args[1]) if len(args) > 1 else None), Sides(not bool(result.all()), bool(result.any()), *_range(x))
+            yield Key(op, _number(args[1]) if len(args) > 1 else None), Sides(_counts(~result), _counts(result), *_range(x))
     elif x.is_floating_point():
         yield Key(op, None), Sides(*(False, False), *_range(x))
 
 
 def _bounded(op: str, bound: str | float, x: Tensor, limit: float | Tensor) -> tuple[Key, Sides]:
     words = bound if isinstance(bound, str) and isinstance(limit, Tensor) and limit.numel() > 1 else _number(limit)
-    return Key(op, words), Sides(bool((x < limit).any()), bool((x > limit).any()), *_range(x))
+    return Key(op, words), Sides(_counts(x < limit), _counts(x > limit), *_range(x))
+
+
+def _counts(which: Tensor) -> bool:
+    """Whether enough numbers are meant that a result shows what is done with them."""
+    return bool(which.float().mean() >= _SHARE)
 
 
 def _arguments(func: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

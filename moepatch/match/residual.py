@@ -29,7 +29,7 @@ from .experts import left, make_site
 from .norm import read_norm
 from .probe import fingerprint, words
 from .settled import settled
-from .witness import Witness, scaled
+from .witness import Witness, moved, scaled
 
 _SHAPE = (3, 4)  # no branch can be unpacked into two by mistake
 #: Other sequences, as long as limits of length may be.
@@ -329,6 +329,7 @@ def _calls(norms: dict[str, NormSpec], arguments: dict[str, Any]) -> Iterator[tu
     yield "", ordinary, True
     for factor in (30.0, 1e-3, 1e5):
         yield f"with inputs × {factor:g}", scaled(ordinary, factor), False
+    yield "with inputs that have a mean", moved(ordinary), False
     for shape in _SHAPES:
         yield f"with {shape[0] * shape[1]} token{'s' if shape[1] > 1 else ''}", _call(norms, arguments, shape), shape in (_SHAPES[0], _SHAPES[-1])
 

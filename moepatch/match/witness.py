@@ -181,6 +181,12 @@ def scaled(call: Call, factor: float, leaf: int | None = None) -> Call:
     return call.mapped(lambda t: t * factor if t is target else t)
 
 
+def moved(call: Call) -> Call:
+    """The call with 3 added to the first floating input."""
+    target = call.leaves()[0]
+    return call.mapped(lambda t: t + 3 if t is target else t)
+
+
 def regimes(kind: Kind, spec: Any, call: Call, module: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, Call, bool]]:
     """Calls of every kind for `Witness.objection`, the ordinary one first."""
     device = torch.device("cpu")
@@ -189,6 +195,8 @@ def regimes(kind: Kind, spec: Any, call: Call, module: nn.Module, generator: tor
         yield what, other, True
     for factor in _FACTORS if call.leaves() else ():
         yield f"with inputs × {factor:g}", scaled(call, factor), False
+    if call.leaves():
+        yield "with inputs that have a mean", moved(call), False
     if kind.bench is not None:
         per_token = max(leaf.numel() for leaf in kind.bench(spec, torch.float32, device, generator, 2).leaves()) // 2
         counts = counts_of_tokens(module, min(kind.most_tokens, _MOST_NUMBERS // per_token))
