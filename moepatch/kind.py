@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,9 @@ class Kind:
         stand_in: from (spec, backend) to a module that is tried in the site's place, where the patch is not an injection.
         bench: the same as `trial` at a size that users run, with the number of tokens as last argument; None: backends are not timed
             against each other.
+        regimes: calls, with words for what is special about them, that only this kind has, from (spec, dtype, device, generator). Calls with
+            other counts of tokens (if there is `bench`) and with inputs of another scale are tried anyway.
+        most_tokens: of a call that a matcher tries.
         dense: whether it belongs to the dense half of a model, not to its mixture of experts.
         on_request: plans have it only if a backend of its table was asked for by name.
         only_itself: a site patches what the module itself does, and none of the modules in it.
@@ -54,6 +57,8 @@ class Kind:
     call: Callable[..., Any] | None = None
     stand_in: Callable[[Any, str], nn.Module] | None = None
     bench: Callable[[Any, torch.dtype, torch.device, torch.Generator, int], Call] | None = None
+    regimes: Callable[[Any, torch.dtype, torch.device, torch.Generator], Iterable[tuple[str, Call]]] = lambda spec, dtype, device, generator: ()
+    most_tokens: int = 2**16
     dense: bool = False
     on_request: bool = False
     only_itself: bool = False

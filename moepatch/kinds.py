@@ -51,6 +51,51 @@ def _call_experts(spec, dtype, device, generator, tokens: int, top_k: int) -> Ca
     return Call((_random((tokens, spec.hidden), dtype, device, generator), topk_ids_TK, topk_weights_TK))
 
 
+def _regimes_experts(spec, dtype, device, generator):
+    """Every expert chosen, alone and with others; all tokens for one; weights of every size and sign; tokens that hold nothing."""
+    ids = spec.num_experts + spec.identity_experts
+
+    def call(topk_ids_TK: Tensor, scale: float = 1.0) -> Call:
+        tokens, top_k = topk_ids_TK.shape
+        weights_TK = torch.rand(tokens, top_k, generator=generator).add_(0.1).mul_(scale)
+        return Call((_random((tokens, spec.hidden), dtype, device, generator), topk_ids_TK.to(device), weights_TK.to(device=device, dtype=dtype)))
+
+    top_k = min(3, ids)
+    in_turn_TK = (torch.arange(ids)[:, None] + torch.arange(top_k)) % ids
+    yield "with every expert chosen, one for each token", call(in_turn_TK[:, :1])
+    yield f"with every expert chosen, {top_k} for each token", call(in_turn_TK)
+    for tokens, expert, words in ((300, 0, "the first"), (4200, ids - 1, "the last")):
+        yield f"with {tokens} tokens for {words} expert", call(torch.full((tokens, 1), expert))
+    for scale in (1e-4, -1.0):
+        yield f"with weights × {scale:g}", call(in_turn_TK, scale)
+    x_TH, *rest = call(in_turn_TK).args
+    yield "with tokens of zeros", Call((x_TH * (torch.arange(len(x_TH)) % 2)[:, None].to(x_TH), *rest))
+
+
+def _regimes_block(hidden):
+    """Sequences of every length, and one token all the time, which goes to the same experts."""
+
+    def calls(spec, dtype, device, generator):
+        for shape in ((1, 1), (1, 2), (3, 16), (1, 600), (2, 2100)):
+            count = shape[0] * shape[1]
+            yield f"with {count} token{'s' if count > 1 else ''}", Call((_random((*shape, hidden(spec)), dtype, device, generator),))
+        token = _random((1, 1, hidden(spec)), dtype, device, generator)
+        yield "with 300 tokens for the same experts", Call((token + 1e-3 * _random((2, 150, hidden(spec)), dtype, device, generator),))
+
+    return calls
+
+
+def _regimes_parallel_linear(spec, dtype, device, generator):
+    """All rows for one expert, one for each, one at all."""
+    experts = spec.num_experts
+    for words, counts in (
+        ("one row for each expert", [1] * experts), ("one row", [1] + [0] * (experts - 1)), ("300 rows for the first expert", [300] + [0] * (experts - 1)),
+        ("4200 rows for the last expert", [0] * (experts - 1) + [4200]),
+    ):  # fmt: skip
+        rows = _random((sum(counts), spec.in_features), dtype, device, generator)
+        yield f"with {words}", Call((rows, counts if spec.counts == "list" else torch.tensor(counts, device=device)))
+
+
 def _trial_block(spec, dtype, device, generator):
     return Call((_random((_TRIAL_TOKENS, spec.experts.hidden), dtype, device, generator),))
 
@@ -95,6 +140,7 @@ _OWN: dict[str, Kind] = {
             widths=lambda spec: (spec.hidden, spec.intermediate),
             trial=_trial_experts,
             bench=_bench_experts,
+            regimes=_regimes_experts,
         ),
         Kind(
             name="scored_block",
@@ -104,6 +150,7 @@ _OWN: dict[str, Kind] = {
             computes=lambda spec: spec.experts,
             widths=lambda spec: (spec.experts.hidden, spec.experts.intermediate),
             trial=_trial_block,
+            regimes=_regimes_block(lambda spec: spec.experts.hidden),
             holder=lambda spec: spec.experts_name,
         ),
         Kind(
@@ -114,6 +161,7 @@ _OWN: dict[str, Kind] = {
             computes=lambda spec: spec,
             widths=lambda spec: (spec.in_features, spec.out_features),
             trial=_trial_parallel_linear,
+            regimes=_regimes_parallel_linear,
         ),
         Kind(
             name="expert_list",
@@ -124,6 +172,7 @@ _OWN: dict[str, Kind] = {
             widths=lambda spec: (spec.experts.hidden, spec.experts.intermediate),
             trial=lambda spec, dtype, device, generator: Call((trial_tokens(spec.experts.hidden, dtype, device, generator),)),
             holder=lambda spec: spec.experts_name,
+            regimes=_regimes_block(lambda spec: spec.experts.hidden),
             relayout=stack_expert_list,
         ),
         ATTENTION_FUNCTION,

@@ -1,15 +1,16 @@
 """Copies of one module at other sizes or with other weights, to try something out without touching the model.
 
-A replica shares the code and the plain attributes of its original, but has its own parameters and buffers, no hooks, and the class that
-the module had before any patch. Sizes are translated by value: every axis of a parameter and every integer attribute that equals a known
+A replica shares the code of its original, but has its own attributes, parameters and buffers, no hooks, and the class that the module had
+before any patch. Sizes are translated by value: every axis of a parameter and every integer attribute that equals a known
 size of the module (experts, widths, and products of them) becomes the new size. Sizes that coincide stay equal, so the translation is a
 function and a replica is never ambiguous.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ def replica(module: nn.Module, sizes: Mapping[int, int], fill: Callable[[Tensor,
         fill: makes the data of a parameter or buffer from the original tensor and the new shape.
     """
     copy = object.__new__(original_class(module))
-    copy.__dict__.update({key: sizes.get(value, value) if type(value) is int else value for key, value in module.__dict__.items()})
+    plain = {key: value for key, value in module.__dict__.items() if key not in ("_parameters", "_buffers", "_modules")}
+    copy.__dict__.update({key: sizes.get(value, value) if type(value) is int else _unshared(value) for key, value in plain.items()})
     for shadow in ("_moepatch", "forward"):  # a forward on the instance belongs to the original and would act on it
         copy.__dict__.pop(shadow, None)
     for hooks in [name for name, value in copy.__dict__.items() if "_hooks" in name and isinstance(value, dict)]:
@@ -40,6 +42,15 @@ def replica(module: nn.Module, sizes: Mapping[int, int], fill: Callable[[Tensor,
     copy._buffers = {name: None if b is None else remade(b) for name, b in module._buffers.items()}
     copy._modules = {name: None if child is None else replica(child, sizes, fill) for name, child in module._modules.items()}
     return copy
+
+
+def _unshared(value: Any) -> Any:
+    """A tensor or a container that a forward of the replica may change; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, set, deque):
+        return type(value)(map(_unshared, value)) if type(value) is not deque else deque(map(_unshared, value), value.maxlen)
+    return {key: _unshared(item) for key, item in value.items()} if type(value) is dict else value
 
 
 def size_map(*, num_experts: int, hidden: int, intermediate: int, experts: int = 6, wide: int = 16, narrow: int = 12) -> dict[int, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +26,10 @@ FP32_LIMIT = 1e-5
 LOW_PRECISION_FACTOR = 1.5
 #: What transformers' wrapper of a library's function asks: first whether to go round it, then whether to say, once in a process, that it is missing.
 _IN_TORCH = StandIns({(hub_kernels, "is_torchdynamo_exporting"): lambda: True, (hub_kernels, "is_torchdynamo_compiling"): lambda: True})
+#: How the names of results begin that say the structure of what was returned, and a tensor's dtype; and how those of gradients end that
+#: there are without a loss.
+FORM, DTYPE, UNASKED = "returns ", "dtype of ", " where nobody asks for one"
+_DTYPES = list(dict.fromkeys(value for value in vars(torch).values() if isinstance(value, torch.dtype)))
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Difference:
     """How one tensor of a trial compares.
 
     Attributes:
-        what: ``output``, ``grad input 0``, ``grad gate_up_proj``, …
+        what: ``output``, ``grad input 0``, ``grad gate_up_proj``, …; what is returned, if it has another structure or dtype.
         ours: relative error of the patched module, ``|ours - reference| / |reference|`` in the Frobenius norm.
         theirs: the same for the family's own code in the same precision; None in fp32, where it is the reference.
         limit: what `ours` must not exceed.
@@ -79,7 +85,14 @@ class Difference:
         return self.ours <= self.limit
 
 
-def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = None, seed: int = 0) -> dict[str, Tensor]:
+class Results(dict):
+    """What a trial gave, by name. A name that it does not have stands for something that is equal to nothing."""
+
+    def __missing__(self, what: str) -> Tensor:
+        return torch.tensor(math.nan)
+
+
+def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = None, seed: int = 0, hidden: bool = False) -> dict[str, Tensor]:
     """One call and its backward pass, without the libraries that a family may find installed (see `torch_formulas`).
 
     Args:
@@ -87,23 +100,76 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
         call: its floating tensors get gradients.
         forward: called as ``forward(module, ...)`` instead of the module's own forward.
         seed: of the random cotangent; that of a single number, a loss, is 1, as in a training step.
+        hidden: also take the gradients that there are with a cotangent of 0: those of a loss that the module adds in its backward pass.
 
     Returns:
-        Every output and every gradient by name, on the CPU in fp32 or wider. A gradient that autograd leaves out is 0.
+        Every tensor that is returned and every gradient by name, on the CPU in fp32 or wider. A gradient that autograd leaves out is 0. The
+        structure of what is returned is one of the names, the dtype of each tensor a number of its own; `differences` knows both.
     """
     call = call.trainable()
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    leaves = {f"grad input {i}": leaf for i, leaf in enumerate(call.leaves())}
+    leaves |= {f"grad {name}": p for name, p in module.named_parameters() if p.requires_grad}
     with torch.enable_grad(), torch_formulas(module, forward) as forward:
-        outputs = forward(module, *call.args, **call.kwargs)
-        outputs = [o for o in tree_flatten(outputs)[0] if isinstance(o, Tensor) and o.requires_grad]
+        returned = forward(module, *call.args, **call.kwargs)
+        result = returned_tensors(returned)
+        outputs = [o for o in result.values() if o.requires_grad]
         generator = torch.Generator().manual_seed(seed)
-        loss = sum((o * _cotangent(o, generator)).sum() for o in outputs)
-        leaves = {f"grad input {i}": leaf for i, leaf in enumerate(call.leaves())}
-        leaves |= {f"grad {name}": p for name, p in parameters.items()}
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    result = {f"output {i}" if len(outputs) > 1 else "output": o.detach().flatten(0, -2) for i, o in enumerate(outputs)}
-    result |= {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)}
-    return {name: t.detach().to("cpu", torch.promote_types(t.dtype, torch.float32)) for name, t in result.items()}
+        cotangents = [_cotangent(o, generator) for o in outputs]
+        if hidden:
+            grads = _gradients(outputs, [torch.zeros_like(o) for o in outputs], leaves, retain=True)
+            result |= {name + UNASKED: g for name, g in grads.items()}
+        result |= _gradients(outputs, cotangents, leaves)
+    dtypes = {DTYPE + name: torch.tensor([_DTYPES.index(o.dtype)]) for name, o in result.items() if name.startswith("output")}
+    wide = {name: t.detach().to("cpu", _wide(t.dtype)) for name, t in {**result, **dtypes}.items()}
+    return Results({FORM + form_of(returned): torch.ones(1), **wide})
+
+
+def _gradients(outputs: list[Tensor], cotangents: list[Tensor], leaves: Mapping[str, Tensor], retain: bool = False) -> dict[str, Tensor]:
+    loss = sum((o * c).sum() for o, c in zip(outputs, cotangents, strict=True))
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, retain_graph=retain) if outputs else [None] * len(leaves)
+    return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)}
+
+
+def returned_tensors(returned: Any) -> dict[str, Tensor]:
+    """Every tensor in what a module returned, by name: ``output``, or ``output 0``, ``output 1``, … in order."""
+    tensors = [leaf for leaf in _leaves(returned) if isinstance(leaf, Tensor)]
+    return {f"output {i}" if len(tensors) > 1 else "output": t for i, t in enumerate(tensors)}
+
+
+def form_of(returned: Any) -> str:
+    """The structure of what a module returned, with the shapes of tensors and all values that are plain: ``(tensor [3, 4], None)``."""
+    if isinstance(returned, Tensor):
+        detached = returned.is_floating_point() and torch.is_grad_enabled() and not returned.requires_grad
+        return f"tensor {list(returned.shape)}{' without gradient' if detached else ''}"
+    if isinstance(returned, (type(None), bool, int, float, str)):
+        return repr(returned)
+    parts = _parts(returned)
+    if parts is None:
+        return type(returned).__name__
+    inside = ", ".join(form_of(part) if name is None else f"{name}={form_of(part)}" for name, part in parts)
+    if type(returned) in (tuple, list):
+        left, right = "()" if type(returned) is tuple else "[]"
+        return f"{left}{inside}{',' if len(parts) == 1 and left == '(' else ''}{right}"
+    return f"{type(returned).__name__}({inside})"
+
+
+def _parts(value: Any) -> list[tuple[str | None, Any]] | None:
+    """What a structure holds, with names where it has them; None for what is no structure."""
+    if isinstance(value, Mapping):
+        return [(str(key), part) for key, part in value.items()]
+    if isinstance(value, (tuple, list)):
+        return [(None, part) for part in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    return None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    parts = None if isinstance(value, Tensor) else _parts(value)
+    if parts is None:
+        yield value
+    for _, part in parts or ():
+        yield from _leaves(part)
 
 
 @contextmanager
@@ -131,9 +197,19 @@ def eager_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def differences(reference: Mapping[str, Tensor], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor] | None = None) -> list[Difference]:
-    """Compares results of `run`: in fp32 with the fixed limit, in low precision (`theirs` given) with the family's own error."""
-    rows = []
+    """Compares results of `run`: in fp32 with the fixed limit, in low precision (`theirs` given) with the family's own error.
+
+    What is returned in another structure, or in another dtype than the family's own code returns it, is one row with an infinite error.
+    """
+    rows = [_unlike(f"{name}, not {_form(ours).removeprefix(FORM)}", None) for name in reference if name.startswith(FORM) and name not in ours]
     for what, truth in reference.items():
+        if what.startswith(DTYPE):
+            own, other = (theirs or reference)[what], ours[what]
+            if not torch.equal(own, other):
+                rows.append(_unlike(what + f" ({_dtype(other)}, not {_dtype(own)})", None if theirs is None else 0.0))
+            continue
+        if what.startswith(FORM) or rows and what not in ours:
+            continue
         error = _relative(ours[what], truth)
         if theirs is None:
             rows.append(Difference(what, error, None, FP32_LIMIT))
@@ -183,6 +259,17 @@ class _InDouble(TorchFunctionMode):
         wide = [torch.float64 if arg is torch.float32 else arg for arg in args]
         named = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
         return (Tensor.double if func is Tensor.float else func)(*wide, **named)
+def _unlike(what: str, theirs: float | None) -> Difference:
+    return Difference(what, math.inf, theirs, FP32_LIMIT)
+
+
+def _form(results: Mapping[str, Tensor]) -> str:
+    return next((name for name in results if name.startswith(FORM)), "nothing")
+
+
+def _dtype(code: Tensor) -> str:
+    number = code.flatten()[0].item()
+    return "none" if math.isnan(number) else str(_DTYPES[int(number)]).removeprefix("torch.")
 
 
 def inject(module: nn.Module, injections: Mapping[str, tuple[type[Patched], object]]) -> nn.Module:
@@ -195,6 +282,11 @@ def inject(module: nn.Module, injections: Mapping[str, tuple[type[Patched], obje
 def _cotangent(output: Tensor, generator: torch.Generator) -> Tensor:
     # Backends that have a loss's gradients before its cotangent would round them twice for any other number.
     return torch.ones_like(output) if output.numel() == 1 else torch.randn(output.shape, generator=generator).to(output)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32 or wider; numbers of experts and the like stay whole in fp64."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point or dtype.is_complex else torch.float64
 
 
 def _is_floating(leaf: object) -> bool:

@@ -41,7 +41,7 @@ class PatchedExperts(Patched):
         top_k_weights: routing weights ``[T, K]``, of any floating dtype.
 
     Returns:
-        Tokens of the shape and dtype of `hidden_states`.
+        Tokens of the shape (see also `ExpertsSpec.by_sequence`) and dtype of `hidden_states`.
     """
 
     _moepatch: ExpertsState
@@ -59,6 +59,8 @@ class PatchedExperts(Patched):
         y_TH = self._through_experts(x_TH.to(dtype), topk_ids_TK, topk_weights_TK).to(hidden_states.dtype)
         if spec.identity_experts:
             y_TH = y_TH + _identity(x_TH, topk_ids_TK, topk_weights_TK, spec)
+        if spec.by_sequence:
+            return y_TH.view(hidden_states.shape[0], -1, spec.hidden)
         # A view that changes nothing is left out: FSDP2 hangs its hook on what is returned, and one on a view is lost if the family adds to it in place.
         return y_TH if y_TH.shape == hidden_states.shape else y_TH.view(hidden_states.shape)
 

@@ -28,6 +28,7 @@ class ExpertsSpec:
         identity_experts: ids E … E+Z-1 return the token unchanged (Z).
         scale_input: the routing weight multiplies the token before the experts, not the result after them.
         post_norm: name of the submodule that normalises an expert's output before the routing weight, or None.
+        by_sequence: what comes in as ``[B, …]`` is returned as ``[B, T/B, H]``, also where it had two axes.
     """
 
     num_experts: int
@@ -38,6 +39,7 @@ class ExpertsSpec:
     identity_experts: int = 0
     scale_input: bool = False
     post_norm: str | None = None
+    by_sequence: bool = False
 
     def resized(self, sizes: Mapping[int, int]) -> ExpertsSpec:
         """The same computation at other sizes (see `match.replica`)."""

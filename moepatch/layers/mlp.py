@@ -301,6 +301,12 @@ def _call(spec: MlpSpec, dtype: torch.dtype, device: torch.device, generator: to
     return Call((torch.randn(2, tokens // 2, spec.hidden, generator=generator).to(device=device, dtype=dtype),))
 
 
+def _regimes(spec: MlpSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator):
+    """One token, in a sequence and without."""
+    for words, shape in (("1 token", (1, 1, spec.hidden)), ("1 token in a row of its own", (1, spec.hidden)), ("rows of tokens", (5, spec.hidden))):
+        yield f"with {words}", Call((torch.randn(*shape, generator=generator).to(device=device, dtype=dtype),))
+
+
 MLP = Kind(
     name="mlp",
     pattern="mlp",
@@ -308,6 +314,7 @@ MLP = Kind(
     injections=lambda spec, backend, implementation: {"": (PatchedMlp, MlpState(spec, backend))},
     trial=_call,
     bench=_call,
+    regimes=_regimes,
     relayout=_beside,
     dense=True,
 )

@@ -156,6 +156,14 @@ def _bench(spec: NormSpec, dtype, device, generator, tokens: int) -> Call:
     return _call(spec, (1, tokens, width) if width > 512 else (1, tokens, 32, width), dtype, device, generator)
 
 
+def _regimes(spec: NormSpec, dtype, device, generator):
+    """One row, long sequences, and rows that hold nothing."""
+    yield "with 1 row", _call(spec, (1, spec.width or _ANY_WIDTH), dtype, device, generator)
+    for tokens in (600, 4200) if spec.width <= 64 else ():
+        yield f"with {tokens} rows", _call(spec, (1, tokens, spec.width or _ANY_WIDTH), dtype, device, generator)
+    yield "with rows of zeros", _call(spec, (2, 3, spec.width or _ANY_WIDTH), dtype, device, generator).mapped(torch.zeros_like)
+
+
 def _call(spec: NormSpec, shape, dtype, device, generator) -> Call:
     small = math.sqrt(spec.eps)
     row_scale = torch.where(torch.rand(*shape[:-1], 1, generator=generator) < 0.5, 1.0, small)
@@ -164,4 +172,4 @@ def _call(spec: NormSpec, shape, dtype, device, generator) -> Call:
     return Call(tuple(t.to(device=device, dtype=dtype) for t in tensors))
 
 
-NORM = Kind(name="norm", pattern="norm", backends="norm", injections=_inject, trial=_trial, bench=_bench, dense=True)
+NORM = Kind(name="norm", pattern="norm", backends="norm", injections=_inject, trial=_trial, bench=_bench, regimes=_regimes, dense=True)

@@ -26,8 +26,9 @@ class Source(NamedTuple):
     """Where an argument of a branch comes from.
 
     Attributes:
-        kind: ``normed``, what the branch's norm returned; ``argument``, what the layer got under a name; ``constant``.
-        value: the name, or the constant.
+        kind: ``normed``, what the branch's norm returned; ``argument``, what the layer got under a name; ``constant``. In what a layer
+            returns: ``stream``; ``output``, what a child returned beside its tokens; ``constant``.
+        value: the name, or the constant; of an ``output``, the number of the branch and the place in what its child returned.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Branch:
         norm, child: names of submodules.
         args, kwargs: where the child's arguments come from.
         rest: the child also gets the keywords that the layer has no name for.
+        returns: forms of what the child may return that the layer takes (see `form_of_branch`).
     """
 
     norm: str
@@ -49,6 +51,7 @@ class Branch:
     args: tuple[Source, ...]
     kwargs: tuple[tuple[str, Source], ...]
     rest: bool
+    returns: tuple[str, ...] = ("tensor",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ class ResidualSpec:
         takes_rest: whether the layer takes other keywords.
         branches: in order, one or two.
         norms: what the norm of each branch computes.
+        result: what the tuple that the layer returns holds; None: it returns the stream alone.
     """
 
     width: int
@@ -70,6 +74,7 @@ class ResidualSpec:
     takes_rest: bool
     branches: tuple[Branch, ...]
     norms: tuple[NormSpec, ...]
+    result: tuple[Source, ...] | None = None
 
     def resized(self, sizes: Mapping[int, int]) -> ResidualSpec:
         """The same layer at another width."""
@@ -108,7 +113,10 @@ class StreamOps(NamedTuple):
 
 
 class PatchedResidual(Patched):
-    """A layer ``(stream [B, S, H], …) -> stream``, called as the family's."""
+    """A layer ``(stream [B, S, H], …) -> stream``, or a tuple with it, called as the family's.
+
+    Where a child returns something of a form that the trials of the layer did not have, the family's forward runs from the start.
+    """
 
     _moepatch: ResidualState
 
@@ -121,15 +129,42 @@ class PatchedResidual(Patched):
         if _unusual(self, stream) or rest and not spec.takes_rest or len(args) > len(spec.parameters):
             return super().forward(*args, **kwargs)
         ops: StreamOps = compute("residual", self._moepatch.backend)
-        out = None
+        out, returned = None, []
         for branch in spec.branches:
             norm = self._modules[branch.norm]
             stream, normed = ops.fork(norm, stream) if out is None else ops.add(norm, out, stream)
-            out = self._modules[branch.child](*_args(branch, given, normed), **_kwargs(branch, given, normed, rest))
-            out = out[0] if isinstance(out, tuple) else out
+            made = self._modules[branch.child](*_args(branch, given, normed), **_kwargs(branch, given, normed, rest))
+            if form_of_branch(made, stream) not in branch.returns:
+                return super().forward(*args, **kwargs)
+            returned.append(made)
+            out = made if isinstance(made, Tensor) else made[0]
             if out.shape != stream.shape:  # some blocks return tokens [T, H]
                 out = out.view(stream.shape)
-        return stream + out
+        stream = stream + out
+        if spec.result is None:
+            return stream
+        return tuple(_result(source, stream, returned) for source in spec.result)
+
+
+def form_of_branch(made: Any, stream: Tensor) -> str:
+    """The form of what a child returned: ``tensor``, ``tuple2`` or ``list1`` with the tensor in front, ``flat`` before it where that is ``[T, H]``."""
+    if isinstance(made, Tensor):
+        form, tokens = "tensor", made
+    elif isinstance(made, (tuple, list)) and made and isinstance(made[0], Tensor):
+        form, tokens = f"{'tuple' if isinstance(made, tuple) else 'list'}{len(made)}", made[0]
+    else:
+        return type(made).__name__
+    if tokens.shape == stream.shape:
+        return form
+    flat = tokens.ndim == 2 and tokens.shape[-1] == stream.shape[-1] and tokens.numel() == stream.numel()
+    return f"flat {form}" if flat else f"{form} of another shape"
+
+
+def _result(source: Source, stream: Tensor, returned: list) -> Any:
+    if source.kind == "output":
+        branch, place = source.value
+        return returned[branch][place]
+    return stream if source.kind == "stream" else source.value
 
 
 def _unusual(layer: nn.Module, stream: Any) -> bool:
@@ -227,8 +262,8 @@ class ResidualSums(nn.Module):
         for branch, norm in zip(spec.branches, spec.norms, strict=True):
             self.layer.add_module(branch.norm, inject(_GivenWeight(), {"": (PatchedNorm, NormState(norm, backend))}))
             self.layer.add_module(branch.child, _GivenWeight())
-        plain = tuple(replace(branch, args=(Source("normed"),), kwargs=(), rest=False) for branch in spec.branches)
-        inject(self.layer, _inject(replace(spec, parameters=spec.parameters[:1], defaults=(), branches=plain), backend, None))
+        plain = tuple(replace(branch, args=(Source("normed"),), kwargs=(), rest=False, returns=("tensor",)) for branch in spec.branches)
+        inject(self.layer, _inject(replace(spec, parameters=spec.parameters[:1], defaults=(), branches=plain, result=None), backend, None))
 
     def forward(self, stream: Tensor, *weights: Tensor) -> Tensor:
         """See the class."""

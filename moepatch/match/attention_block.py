@@ -29,6 +29,7 @@ from .experts import left, make_site
 from .near import in_the_way
 from .norm import match_norm
 from .probe import fingerprint
+from .witness import Objection
 from .roles import base_roles
 
 _INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -162,6 +163,8 @@ def fitting(readings: Iterable[Any], misses: Callable[[Any], list[str]]) -> Any:
         missed = misses(reading)
         if not missed:
             return reading
+        if isinstance(missed[0], Objection):  # the numbers are those of this reading, and no other one explains the rest
+            return missed[0]
         least = missed if least is None or len(missed) < len(least) else least
     if least is not None and least[0].startswith("the argument"):
         return f"{least[0]} decides what the module does"

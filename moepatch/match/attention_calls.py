@@ -23,6 +23,7 @@ from ..layers.roles import REQUIRED, Roles
 from ..replica import random_fill, replica
 from ..surgery import original_class
 from ..trial import Call
+from .attention_witness import attention_objection
 from .roles import EXTRA, Recording, StandIn, attempt, base_roles, takes_others, updates_of
 
 _RECORDER = "moepatch_recorder"
@@ -106,7 +107,8 @@ class Subject:
             return f"a scale model of it cannot be run ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
     def misses(self, spec: Any) -> list[str]:
-        """What is not the same of a patched twin: arguments of the attention function by name, or the result. Empty if it does the same."""
+        """What is not the same of a patched twin: arguments of the attention function by name, or the result; or what a second witness
+        has found (an `Objection`). Empty if it does the same."""
         twin = self.twin(spec)
         try:
             results, given = _run(twin, self.roles, self.call, None)
@@ -116,7 +118,11 @@ class Subject:
         for theirs, names in zip(self.given[_ALWAYS:], missed[_ALWAYS:], strict=True):
             if theirs is not None and theirs[_WITHOUT] != self.roles.tables and bool(names) != any(missed[:_ALWAYS]):
                 return [f"the argument `{theirs[_WITHOUT]}`"]
-        return list(dict.fromkeys(sum(missed, []))) or [f"its {d.what}" for d in trial.differences(self.results, results) if not d.ok][:1]
+        missed = list(dict.fromkeys(sum(missed, []))) or [f"its {d.what}" for d in trial.differences(self.results, results) if not d.ok][:1]
+        if missed:
+            return missed
+        objection = attention_objection(self.module, twin, spec, self.call, _SEQUENCE)
+        return [] if objection is None else [objection]
 
     def twin(self, spec: Any) -> nn.Module:
         """A patched copy, of the same size and with the same weights."""
@@ -211,7 +217,7 @@ def roles_of(model: nn.Module, inputs: _Inputs) -> Roles | str:
 def _run(module: nn.Module, roles: Roles, call: Call, forward: Any) -> tuple[dict[str, Tensor], list[Any]]:
     """Results and records of the calls that `Subject` describes."""
     module._moepatch_given, module._moepatch_attempt = [], False
-    results = trial.run(module.train(), call, forward=forward)
+    results = trial.run(module.train(), call, forward=forward, hidden=True)
     forward = type(module).forward if forward is None else forward
     with torch.no_grad(), trial.torch_formulas(module, forward) as forward:
         forward(module, **{**call.kwargs, roles.tokens: call.kwargs[roles.tokens] * _LOUD})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
@@ -20,7 +21,8 @@ from ..replica import size_map
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
 from .near import FLOATS, class_name
-from .probe import candidates, fingerprint, finite_numbers, misfit, recognise
+from .probe import candidates, fingerprint, finite_numbers, is_shape, misfit, recognise
+from .witness import Objection
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -101,15 +103,19 @@ def _read(module: nn.Module) -> ExpertsSpec | str | None:
     for spec in specs:
         unscaled = spec.identity_experts > 0
         sizes = {} if unscaled else size_map(num_experts=spec.num_experts, hidden=spec.hidden, intermediate=spec.intermediate)
-        reason = misfit(module, "experts", spec, sizes)
-        if reason is None:
-            return spec
-        misfits.append(f"as {spec.layout.label}, {spec.activation}: {reason}")
+        for reading in (spec, replace(spec, by_sequence=True)):
+            reason = misfit(module, "experts", reading, sizes)
+            if reason is None:
+                return reading
+            misfits.append((not isinstance(reason, Objection), len(misfits), f"as {spec.layout.label}, {spec.activation}: {reason}"))
+            if not is_shape(reason):
+                break
     if not misfits:
         shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in module.named_parameters())
         return f"no layout of experts explains its parameters ({shapes})"
     more = f" (and {len(misfits) - 1} more readings)" if len(misfits) > 1 else ""
-    return f"it does not compute what its parameters suggest: {misfits[0]}{more}"
+    # The reading that computes the same of ordinary numbers has most to say.
+    return f"it does not compute what its parameters suggest: {min(misfits)[-1]}{more}"
 
 
 def _flagged(module: nn.Module) -> Iterator[ExpertsSpec]:

@@ -17,6 +17,8 @@ from ..experts.activation import FORMULAS, Activation, split_gate
 from ..kinds import KINDS
 from ..layout.experts import ExpertsLayout
 from ..replica import random_fill, replica
+from .settled import settled
+from .witness import Witness, regimes
 
 #: Numbers of a tensor that are compared one by one.
 _FEW = 4096
@@ -28,21 +30,45 @@ def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | N
     """None if `spec` computes what `module` does, else how the two differ.
 
     A scale model of the module (random weights, CPU, fp32) runs forward and backward in its family's own code and as a patched twin on the
-    `reference` backend; outputs and all gradients have to agree.
+    `reference` backend; everything that is returned and all gradients have to agree, and no gradient may be there that nobody asked for.
+    If they do, a second witness looks at calls of every other kind (see `witness`); what it says is an `Objection`.
     """
     generator = torch.Generator().manual_seed(0)
-    original = replica(module, sizes, random_fill(generator))
+    original = replica(module, sizes, random_fill(generator)).train()
     twin = replica(original, {}, lambda tensor, shape: tensor.detach().clone())
     scaled = spec.resized(sizes)
     trial.inject(twin, KINDS[kind].injections(scaled, "reference", None))
     call = KINDS[kind].trial(scaled, torch.float32, torch.device("cpu"), generator)
-    try:
-        theirs = trial.run(original, call, forward=trial.eager_forward(original))
-        ours = trial.run(twin, call)
-    except Exception as error:  # a family's code may fail in any way on a layout that is not its own
-        return f"a scale model of it cannot be run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-    worst = max(trial.differences(theirs, ours), key=lambda d: math.inf if math.isnan(d.ours) else d.ours)
-    return None if worst.ok else f"{worst.what} differs by {worst.ours:.1e} relative"
+    forward = trial.eager_forward(original)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            theirs = trial.run(original, call, forward=forward, hidden=True)
+            ours = trial.run(twin, call, hidden=True)
+        except Exception as error:  # a family's code may fail in any way on a layout that is not its own
+            return f"a scale model of it cannot be run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        reason = words(trial.differences(theirs, ours))
+        if reason is not None:
+            return reason
+        made = KINDS[kind]
+        return settled(Witness(original, twin, forward), (kind, made.regimes, made.bench, scaled), call, lambda: regimes(made, scaled, call, original, generator))
+
+
+def words(rows: list[trial.Difference]) -> str | None:
+    """The worst of the rows that are not within their limits, as the end of a sentence; None if all are."""
+    worst = max(rows, key=lambda d: (d.what.endswith(trial.UNASKED) and not d.ok, math.inf if math.isnan(d.ours) else d.ours))
+    if worst.ok:
+        return None
+    if worst.what.endswith(trial.UNASKED):
+        name = worst.what.removesuffix(trial.UNASKED).removeprefix("grad ")
+        return f"its backward adds a loss of its own (the gradient of {name} is not 0{trial.UNASKED})"
+    if worst.what.startswith(trial.FORM):
+        return f"it {worst.what}"
+    return worst.what if math.isinf(worst.ours) and worst.what.startswith(trial.DTYPE) else f"{worst.what} differs by {worst.ours:.1e} relative"
+
+
+def is_shape(reason: str) -> bool:
+    """Whether a reason of `misfit` is that something of another form is returned."""
+    return reason.startswith(f"it {trial.FORM}")
 
 
 def recognise(gate: Callable[[Tensor], Tensor], layout: ExpertsLayout, numbers: list[float]) -> Activation | None:

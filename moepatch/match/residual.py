@@ -2,14 +2,15 @@
 
 The layer is copied with its children replaced: what is not a norm becomes a cheap linear function that writes down how it is called. From
 that the arguments of each child are read, and the layer's own forward and the patched one are compared: results, gradients, and every
-argument that a child gets. Residual multipliers, norms after a branch, parallel branches and dropout show as differences.
+argument that a child gets. Residual multipliers, norms after a branch, parallel branches and dropout show as differences. A child may
+return its tokens alone or as the first of a tuple; which of these forms the layer takes apart is tried, too.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,10 +26,18 @@ from ..site import Left, Refusal, Site
 from ..surgery import MadeClasses, original_class
 from .experts import left, make_site
 from .norm import read_norm
-from .probe import fingerprint
+from .probe import fingerprint, words
+from .settled import settled
+from .witness import Witness, moved, scaled
 
 _POSING = MadeClasses()
 _SHAPE = (3, 4)  # no branch can be unpacked into two by mistake
+#: Other sequences, as long as limits of length may be.
+_SHAPES = ((1, 1), (1, 2), (2, 48), (1, 600), (1, 4200))
+#: The width at which wide layers are tried.
+_NARROW = 16
+#: What a child may return, see `layers.residual.form_of_branch`; the first ones are tried on all children at once.
+_RETURNS = ("tensor", "tuple2", "tuple1", "flat tensor", "tuple3", "tuple4", "list1", "list2", "flat tuple2")
 _EXTRA = "moepatch_extra"  # a keyword that no layer has a name for
 _PLAIN = (type(None), bool, int, float, str)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -36,19 +45,20 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 @register_matcher("residual", priority=10, around=True)
 def match_residual(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
-    """See the module's docstring."""
+    """See the module's docstring. What is no element of a list of layers is not said to be nearly one."""
     layer = found.module
     norms = _norms(layer, memo)
-    if not norms or len(norms) > 2 or len(layer._modules) <= len(norms):
+    if not norms or len(layer._modules) <= len(norms):
         return None
-    key = ("residual", fingerprint(_without_unused_numbers(_stand_in(layer, norms, "tensor", []))), tuple(map(type, layer.children())))
-    if key not in memo:
-        memo[key] = _read(layer, norms)
-    spec = memo[key]
-    if not isinstance(spec, ResidualSpec):
-        listed = any(isinstance(parent, nn.ModuleList) for parent, _ in found.parents)
-        return left(found, "residual", spec or "it adds up something else than h + child(norm(h))") if listed else None
-    site = make_site(found, "residual", spec, tuple(f"{b.norm}.{norms[b.norm].weight}" for b in spec.branches))
+    reading: ResidualSpec | str = f"it has {len(norms)} norms; pre-norm layers have one for each of one or two branches"
+    if len(norms) <= 2:
+        key = ("residual", fingerprint(_without_unused_numbers(_stand_in(layer, norms, "tensor", _Log()))), tuple(map(type, layer.children())))
+        if key not in memo:
+            memo[key] = _read(layer, norms)
+        reading = memo[key]
+    if isinstance(reading, str):
+        return left(found, "residual", reading) if any(isinstance(parent, nn.ModuleList) for parent, _ in found.parents) else None
+    site = make_site(found, "residual", reading, tuple(f"{b.norm}.{norms[b.norm].weight}" for b in reading.branches))
     return site if isinstance(site, Site) else left(found, "residual", site.reason)
 
 
@@ -70,27 +80,41 @@ class _Argument:
 
 @dataclass
 class _Written:
-    """A call of a child: of a norm what came out, of others what went in."""
+    """A call of a child: what went in (of norms it is not needed) and what came out."""
 
     name: str
     args: tuple = ()
     kwargs: dict = field(default_factory=dict)
-    out: Tensor | None = None
+    out: Any = None
+
+
+class _Log(list):
+    """Calls in order; a list that replicas share."""
 
 
 class _Child(nn.Module):
-    """A linear function of the first tensor that it gets, returned alone or as the first of a tuple."""
+    """A linear function of the first tensor that it gets, returned in one of the forms of `_RETURNS`."""
 
-    def __init__(self, name: str, form: str, width: int, written: list[_Written]):
+    def __init__(self, name: str, form: str, width: int, written: _Log):
         super().__init__()
-        self.name, self.form, self.written = name, form, written
+        self.name, self.form, self._moepatch_written = name, form, written
         self.scale, self.shift = nn.Parameter(torch.empty(width, device="meta")), nn.Parameter(torch.empty(width, device="meta"))
 
     def forward(self, *args, **kwargs):
-        self.written.append(_Written(self.name, args, kwargs))
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        y = x * self.scale + x.roll(1, -1) * self.shift
-        return y if self.form == "tensor" else (y, x.exp())
+        y = _in_form(self.form, x * self.scale + x.roll(1, -1) * self.shift, x)
+        self._moepatch_written.append(_Written(self.name, args, kwargs, y))
+        return y
+
+
+def _in_form(form: str, y: Tensor, x: Tensor) -> Any:
+    """Tokens and, where there is room for it, something else that comes of x."""
+    kind = form.removeprefix("flat ")
+    y = y.flatten(0, -2) if kind != form else y
+    if kind == "tensor":
+        return y
+    items = [y, *(x.exp() * i for i in range(1, int(kind[-1])))]
+    return tuple(items) if kind.startswith("tuple") else items
 
 
 def _posing_as(cls: type[nn.Module]) -> type[_Child]:
@@ -98,7 +122,7 @@ def _posing_as(cls: type[nn.Module]) -> type[_Child]:
     return _POSING.get(cls, None, lambda: type(f"StandIn{cls.__name__}", (_Child, cls), {}))
 
 
-def _stand_in(layer: nn.Module, norms: dict[str, NormSpec], form: dict[str, str] | str, written: list[_Written]) -> nn.Module:
+def _stand_in(layer: nn.Module, norms: dict[str, NormSpec], form: dict[str, str] | str, written: _Log) -> nn.Module:
     """The layer's code and plain attributes over its norms and over `_Child` in the place of all others; on the meta device."""
     width = next(iter(norms.values())).width
     copy = object.__new__(original_class(layer))
@@ -126,50 +150,94 @@ def _without_unused_numbers(copy: nn.Module) -> nn.Module:
     return copy
 
 
-def _trial(layer, norms, forms, arguments, spec: ResidualSpec | None = None) -> tuple[dict[str, Tensor], list[_Written]]:
-    """Results, gradients and calls: of the family's code, or with a spec of the patched layer's."""
-    written: list[_Written] = []
-    generator = torch.Generator().manual_seed(0)
-    copy = replica(_stand_in(layer, norms, forms, written), {}, random_fill(generator))
+def _narrow(norms: dict[str, NormSpec]) -> dict[int, int]:
+    """Sizes of a scale model: a layer does the same at every width."""
+    width = next(iter(norms.values())).width
+    return {width: _NARROW} if width > 2 * _NARROW and not any(spec.group for spec in norms.values()) else {}
+
+
+def _made(layer: nn.Module, norms: dict[str, NormSpec], forms: dict[str, str], spec: ResidualSpec | None = None) -> tuple[nn.Module, _Log]:
+    """A scale model on stand-ins, with a spec the patched one, and what it writes down."""
+    written, sizes = _Log(), _narrow(norms)
+    copy = replica(_stand_in(layer, norms, forms, written), sizes, random_fill(torch.Generator().manual_seed(0)))
     for name in norms:
         copy._modules[name].register_forward_hook(lambda module, args, out, name=name: written.append(_Written(name, args, out=out)))
+    return (copy if spec is None else trial.inject(copy, RESIDUAL.injections(spec.resized(sizes), "reference", None))), written
+
+
+def _call(norms: dict[str, NormSpec], arguments: dict[str, Any], shape: tuple[int, int] = _SHAPE) -> trial.Call:
     width = next(iter(norms.values())).width
-    call = trial.Call((torch.randn(*_SHAPE, width, generator=generator),), arguments)
-    if spec is None:
-        return trial.run(copy, call, forward=trial.eager_forward(copy)), written
-    return trial.run(trial.inject(copy, RESIDUAL.injections(spec, "reference", None)), call), written
+    width = _narrow(norms).get(width, width)
+    return trial.Call((torch.randn(*shape, width, generator=torch.Generator().manual_seed(1)),), arguments)
 
 
-def _read(layer: nn.Module, norms: dict[str, NormSpec]) -> ResidualSpec | None:
+def _read(layer: nn.Module, norms: dict[str, NormSpec]) -> ResidualSpec | str:
+    """The spec that computes what a layer does, or why there is none."""
     signature = list(inspect.signature(trial.eager_forward(layer)).parameters.values())[1:]
     named = [p for p in signature if p.kind in _NAMED]
     takes_rest = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature)
     if len(named) + takes_rest != len(signature) or not named or named[0].kind is inspect.Parameter.KEYWORD_ONLY:
-        return None
+        return "it does not take its tokens first and everything else by name"
     defaults = tuple((p.name, p.default) for p in named if p.default is not inspect.Parameter.empty)
-    if not all(isinstance(value, _PLAIN) for _, value in defaults) or len({spec.width for spec in norms.values()}) != 1:
-        return None
+    odd = [name for name, value in defaults if not isinstance(value, _PLAIN)]
+    if odd:
+        return f"the default of its argument `{odd[0]}` is no plain value"
+    if len({spec.width for spec in norms.values()}) != 1:
+        return "its norms have different widths"
     extras = _keywords(layer, {p.name for p in named}) if takes_rest else []
     everything = {name: _Argument(name) for name in [*(p.name for p in named[1:]), *extras]}
+    reasons = []
     for forms in _forms(layer, norms):
-        try:
-            results, written = _trial(layer, norms, forms, everything)
-        except Exception:  # the layer wants another form, or is no such layer
+        found = _shown(layer, norms, forms, everything, extras)
+        if isinstance(found, str):
+            reasons.append(found)
             continue
-        branches = _branches(written, norms, extras)
-        if branches is None:
-            continue
+        branches, result = found
         spec = ResidualSpec(
             width=next(iter(norms.values())).width,
             parameters=tuple(p.name for p in named),
             defaults=defaults,
             takes_rest=takes_rest,
-            branches=branches,
+            branches=tuple(replace(branch, returns=(forms[branch.child],)) for branch in branches),
             norms=tuple(norms[branch.norm] for branch in branches),
+            result=result,
         )
-        if _agrees(layer, norms, forms, spec, everything):
-            return spec
-    return None
+        reason = _disagreement(layer, norms, forms, spec, everything)
+        if reason is None:
+            return _with_forms(layer, norms, forms, spec, everything)
+        reasons.insert(0, reason)  # got further than what could not be read
+    return reasons[0]
+
+
+def _shown(layer, norms, forms, everything: dict[str, _Argument], extras: list[str]) -> tuple[tuple[Branch, ...], tuple[Source, ...] | None] | str:
+    """The branches that a call of the family's code shows, and what it returns; or why it shows none."""
+    copy, written = _made(layer, norms, forms)
+    call = _call(norms, everything)
+    try:
+        with torch.no_grad(), trial.torch_formulas(copy, trial.eager_forward(copy)) as forward:
+            returned = forward(copy, *call.args, **call.kwargs)
+    except Exception as error:  # the layer wants another form, or is no such layer
+        return f"its own code cannot be run with stand-ins for its children ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    branches = _branches(written, norms, extras)
+    if branches is None:
+        return f"it does not call its norms and children by turns, each norm for the child after it ({', '.join(w.name for w in written)})"
+    if isinstance(returned, Tensor):
+        return branches, None
+    if type(returned) is not tuple:
+        return f"it returns a {type(returned).__name__}"
+    result = tuple(_returned(item, [w.out for w in written if w.name not in norms]) for item in returned)
+    return "it returns something in a tuple that is neither its tokens nor what a child returned" if None in result else (branches, result)
+
+
+def _returned(item: Any, outs: list[Any]) -> Source | None:
+    """Where an item of the tuple that a layer returns comes from."""
+    for i, out in enumerate(outs):
+        for place, other in enumerate(out if isinstance(out, (tuple, list)) else ()):
+            if item is other:
+                return Source("output", (i, place))
+    if isinstance(item, Tensor):
+        return Source("stream")
+    return Source("constant", item) if isinstance(item, _PLAIN) else None
 
 
 def _keywords(layer: nn.Module, named: set[str]) -> list[str]:
@@ -179,13 +247,32 @@ def _keywords(layer: nn.Module, named: set[str]) -> list[str]:
 
 
 def _forms(layer: nn.Module, norms: dict[str, NormSpec]) -> Iterator[dict[str, str]]:
-    """What the children may return: tensors, tuples, or the first a tuple and the others tensors, and the other way round."""
+    """What the children may return: all the same, or one a tuple and the others tensors, and the other way round."""
     names = [name for name in layer._modules if name not in norms]
-    yield dict.fromkeys(names, "tensor")
-    yield dict.fromkeys(names, "tuple")
+    for form in _RETURNS[:4]:
+        yield dict.fromkeys(names, form)
     for odd in names if len(names) > 1 else []:
-        for form, others in (("tuple", "tensor"), ("tensor", "tuple")):
+        for form, others in (("tuple2", "tensor"), ("tensor", "tuple2"), ("tuple1", "tensor"), ("flat tensor", "tuple2")):
             yield {**dict.fromkeys(names, others), odd: form}
+
+
+def _with_forms(layer, norms, forms: dict[str, str], spec: ResidualSpec, everything: dict[str, _Argument]) -> ResidualSpec:
+    """The spec with every form of what a child may return that the layer takes apart as the patched one does."""
+    branches = []
+    for i, branch in enumerate(spec.branches):
+        accepted = list(branch.returns)
+        for form in _RETURNS:
+            if form not in accepted and not any(source.kind == "output" and source.value[0] == i for source in spec.result or ()):
+                other = replace(spec, branches=(*spec.branches[:i], replace(branch, returns=(form,)), *spec.branches[i + 1 :]))
+                if _witness(layer, norms, {**forms, branch.child: form}, other).unlike(_call(norms, everything), True, must_run=True) is None:
+                    accepted.append(form)
+        branches.append(replace(branch, returns=tuple(sorted(accepted))))
+    return replace(spec, branches=tuple(branches))
+
+
+def _witness(layer, norms, forms: dict[str, str], spec: ResidualSpec) -> Witness:
+    original, twin = _made(layer, norms, forms)[0], _made(layer, norms, forms, spec)[0]
+    return Witness(original, twin, trial.eager_forward(original))
 
 
 def _branches(written: list[_Written], norms: dict[str, NormSpec], extras: list[str]) -> tuple[Branch, ...] | None:
@@ -215,21 +302,36 @@ def _source(value: Any, normed: Tensor) -> Source | None:
     return Source("constant", value) if isinstance(value, _PLAIN) else None
 
 
-def _agrees(layer, norms, forms, spec: ResidualSpec, everything: dict[str, _Argument]) -> bool:
-    """Whether both compute the same and pass on the same, with all arguments, with none that may be left out, and with each of those alone."""
+def _disagreement(layer, norms, forms, spec: ResidualSpec, everything: dict[str, _Argument]) -> str | None:
+    """What is not the same, in words: what is computed and passed on, with all arguments, with none that may be left out, and with each of
+    those alone; then whatever a second witness finds."""
     optional = {name for name, _ in spec.defaults} | (everything.keys() - set(spec.parameters))
     required = {name: value for name, value in everything.items() if name not in optional}
     for arguments in (everything, required, *({**required, name: everything[name]} for name in optional)):
+        (original, written), (twin, rewritten) = _made(layer, norms, forms), _made(layer, norms, forms, spec)
+        call = _call(norms, arguments)
         try:
-            theirs, written = _trial(layer, norms, forms, arguments)
-            ours, rewritten = _trial(layer, norms, forms, arguments, spec)
-        except Exception:  # it does more with its arguments than pass them on
-            return False
-        if theirs.keys() != ours.keys() or not all(d.ok for d in trial.differences(theirs, ours)):
-            return False
+            theirs = trial.run(original, call, forward=trial.eager_forward(original), hidden=arguments is everything)
+            ours = trial.run(twin, call, hidden=arguments is everything)
+        except Exception as error:  # it does more with its arguments than pass them on
+            return f"it does more with its arguments than pass them on ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        reason = words(trial.differences(theirs, ours))
+        if reason is not None:
+            return f"it computes something else than h + {spec.branches[0].child}({spec.branches[0].norm}(h)): {reason}"
         if len(written) != len(rewritten) or not all(map(_same_call, written, rewritten)):
-            return False
-    return True
+            return "it does not hand on its arguments as they are"
+    known = (spec, tuple(forms.items()), tuple(everything))
+    return settled(_witness(layer, norms, forms, spec), known, _call(norms, everything), lambda: _calls(norms, everything))
+
+
+def _calls(norms: dict[str, NormSpec], arguments: dict[str, Any]) -> Iterator[tuple[str, trial.Call, bool]]:
+    ordinary = _call(norms, arguments)
+    yield "", ordinary, True
+    for factor in (30.0, 1e-3, 1e5):
+        yield f"with inputs × {factor:g}", scaled(ordinary, factor), False
+    yield "with inputs that have a mean", moved(ordinary), False
+    for shape in _SHAPES:
+        yield f"with {shape[0] * shape[1]} token{'s' if shape[1] > 1 else ''}", _call(norms, arguments, shape), shape in (_SHAPES[0], _SHAPES[-1])
 
 
 def _same_call(a: _Written, b: _Written) -> bool:
