@@ -98,7 +98,7 @@ def register_kind(kind: Kind) -> Kind:
         why = "optimize() has an argument of that name" if kind.backends in RESERVED else "users write it as optimize(model, <table>=…), so it has to be a name of Python"
         raise MoePatchError(f"The kind {kind.name!r}: its table of backends cannot be called {kind.backends!r}: {why}.")
     for field in fields(kind):
-        if field.name not in ("name", "pattern", "backends") and not isinstance(field.default, bool) and not callable(getattr(kind, field.name) or len):
+        if field.name not in ("name", "pattern", "backends") and not isinstance(field.default, int) and not callable(getattr(kind, field.name) or len):
             raise MoePatchError(f"The kind {kind.name!r}: its {field.name} is {getattr(kind, field.name)!r}; it has to be a function or None.")
     KINDS[kind.name] = kind
     return kind
