@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 
 import listed
 import pytest
@@ -158,4 +159,136 @@ def test_what_differs_somewhere_is_not_taken(subject, flaw):
     found = answer(model, name, matcher)
     assert not isinstance(found, Site)
     if isinstance(found, (Left, Refusal)):
-        print(subject, flaw, found.reason)
+        assert found.reason and "\n" not in found.reason
+
+
+@pytest.mark.parametrize("flaw", [name for name, (_, word) in FLAWS.items() if word])
+def test_the_reason_names_it(flaw):
+    change, word = FLAWS[flaw]
+    model = zoo.build("qwen3_moe")
+    for name, matcher in (("model.layers.0.mlp.experts", "experts"), ("model.layers.0", "residual")):
+        flawed(model.get_submodule(name), change)
+        found = answer(model, name, matcher)
+        assert isinstance(found, (Left, Refusal)) and re.search(word, found.reason), (name, found)
+
+
+class Experts(nn.Module):
+    """Remote code; `which` says what becomes of the tokens of an expert, `weigh` of the routing weights."""
+
+    def __init__(self, count=64, which=lambda e, token, ids: token, weigh=lambda w: w, expert=lambda e: e):
+        super().__init__()
+        self.count, self.which, self.weigh, self.expert = count, which, weigh, expert
+        self.w_in, self.w_out = nn.Parameter(torch.randn(count, 48, 32) * 0.1), nn.Parameter(torch.randn(count, 32, 24) * 0.1)
+
+    def forward(self, x, ids, weights):
+        y, weights = torch.zeros_like(x), self.weigh(weights)
+        for e in range(self.count):
+            token, slot = torch.where(ids == e)
+            slot, token = slot[: len(kept := self.which(e, token, ids))], kept
+            gate, up = (x[token] @ self.w_in[self.expert(e)].T).chunk(2, -1)
+            y = y.index_add(0, token, F.silu(gate) * up @ self.w_out[self.expert(e)].T * weights[token, slot, None])
+        return y
+
+
+EXPERTS = {
+    "the last of 64 is skipped": {"which": lambda e, token, ids: token[:0] if e == 63 else token},
+    "the last of 64 is skipped, one for each token": {"which": lambda e, token, ids: token[:0] if e == 63 and ids.shape[1] == 1 else token},
+    "a capacity of 32": {"which": lambda e, token, ids: token[:32]},
+    "a capacity of 2000": {"which": lambda e, token, ids: token[:2000]},
+    "dropped when there are more than 100": {"which": lambda e, token, ids: token[:0] if len(token) > 100 else token},
+    "the last two change places": {"expert": lambda e: {62: 63, 63: 62}.get(e, e)},
+    "weights below 1e-3 are 0": {"weigh": lambda w: torch.where(w < 1e-3, 0.0, w)},
+    "weights below 1e-12 are 0": {"weigh": lambda w: w.masked_fill(w < 1e-12, 0.0)},
+    "weights are positive": {"weigh": lambda w: w.clamp(min=0)},
+    "weights are at most 1e6": {"weigh": lambda w: w.clamp(max=1e6)},
+}
+
+
+@pytest.mark.parametrize("flaw", EXPERTS)
+def test_experts_that_lose_tokens_are_refused(flaw):
+    assert isinstance(answer(nn.ModuleList([Experts()]), "0", "experts"), Site)
+    assert isinstance(answer(nn.ModuleList([Experts(**EXPERTS[flaw])]), "0", "experts"), Refusal)
+
+
+def bamba():
+    torch.manual_seed(0)
+    config = BambaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, attn_layer_indices=[1],
+        mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=2, mamba_chunk_size=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = BambaForCausalLM(config).train()
+    zoo.randomize_(model)
+    return model
+
+
+def test_a_layer_that_returns_a_tuple_is_patched_and_returns_it():
+    plain, ids = bamba(), torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    patched = moepatch.optimize(copy.deepcopy(plain))
+    assert type(patched.model.layers[0]).__name__.startswith("Patched")
+    grads = []
+    for model in (plain, patched):
+        model(ids, labels=ids).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert all((grads[1][name] - grad).norm() <= 1e-5 * grad.norm() for name, grad in grads[0].items())
+    x = torch.randn(2, 5, 64)
+    tables = plain.model.rotary_emb(x, torch.arange(5)[None])
+    for i in range(3):
+        a, b = (model.model.layers[i](x, position_embeddings=tables) for model in (plain, patched))
+        assert type(a) is type(b) is tuple and len(a) == len(b) == 2 and torch.allclose(a[0], b[0], atol=1e-5)
+    plain.eval(), patched.eval()
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(plain.generate(ids, **options), patched.generate(ids, **options))
+
+
+class Made(nn.Module):
+    """A child whose result a test gives a form."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.linear, self.form = nn.Linear(16, 16), form
+
+    def forward(self, x):
+        return self.form(self.linear(x))
+
+
+class Layer(nn.Module):
+    """Takes apart what its child returns as `take` says."""
+
+    def __init__(self, take, form):
+        super().__init__()
+        self.norm, self.child, self.take = nn.RMSNorm(16, eps=1e-6), Made(form), take
+
+    def forward(self, x):
+        return x + self.take(self.child(self.norm(x)), x)
+
+
+TAKES = {
+    "as it is": (lambda y, x: y, lambda y: y), "first": (lambda y, x: y[0], lambda y: (y,)), "first of a list": (lambda y, x: y[0], lambda y: [y, None]),
+    "first of two": (lambda y, x: y[0], lambda y: (y, None)), "tuple or not": (lambda y, x: y[0] if isinstance(y, tuple) else y, lambda y: y),
+    "of its shape": (lambda y, x: y.view(x.shape), lambda y: y.flatten(0, 1)), "by name": (lambda y, x: y["y"], lambda y: {"y": y}),
+    "first of a batch": (lambda y, x: y[0], lambda y: y),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("take", TAKES)
+def test_what_a_child_returns_is_taken_apart_as_the_layer_does(take):
+    how, form = TAKES[take]
+    plain = nn.ModuleList([Layer(how, form)])
+    patched = moepatch.optimize(copy.deepcopy(plain))
+    x = torch.randn(3, 4, 16)
+    assert torch.allclose(plain[0](x), patched[0](x), atol=1e-6)
+
+
+def test_planning_leaves_what_a_forward_changes_alone():
+    model = zoo.build("qwen3_moe")
+    experts = model.model.layers[0].mlp.experts
+    experts.seen, experts.count = [], torch.zeros(())
+
+    def change(module, x, y):
+        module.seen.append(1)
+        module.count += 1
+        return y
+
+    flawed(experts, change)
+    assert not isinstance(answer(model, "model.layers.0.mlp.experts", "experts"), Site)
+    assert experts.seen == [] and experts.count == 0

@@ -25,6 +25,7 @@ from .experts import left, make_site, refusal, takes
 from .near import in_the_way
 from .probe import candidates, fingerprint, finite_numbers, misfit
 from .suspects import is_list
+from .witness import Objection
 
 
 @register_matcher("expert_list", priority=70)
@@ -88,7 +89,7 @@ def _roles(expert: nn.Module) -> Iterator[tuple[str, str, str, int, int]]:
 def _read(block: nn.Module, router: str, experts: str) -> ExpertListSpec | str:
     """The spec that computes what the block does, or why there is none."""
     mlps = block.get_submodule(experts)
-    reason = "it says nowhere how many experts a token has"
+    reason, objected = "it says nowhere how many experts a token has", False
     for gate, up, down, hidden, intermediate in _roles(mlps[0]):
         # The list keeps its length: a scale model has all experts, but narrow ones. It trains, so that what only training does shows.
         sizes = size_map(num_experts=len(mlps), hidden=hidden, intermediate=intermediate, experts=len(mlps))
@@ -113,7 +114,10 @@ def _read(block: nn.Module, router: str, experts: str) -> ExpertListSpec | str:
             misfitting = misfit(small, "expert_list", spec.resized(sizes), {})
             if misfitting is None:
                 return spec
-            reason = f"it does not compute a softmax top-k mixture of its experts: {misfitting}"
+            # The reading that computes the same of ordinary numbers has most to say.
+            if not objected:
+                objected = isinstance(misfitting, Objection)
+                reason = f"it does not compute a softmax top-k mixture of its experts: {misfitting}"
     return reason
 
 

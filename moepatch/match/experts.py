@@ -21,7 +21,7 @@ from ..replica import size_map
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
 from .near import FLOATS, class_name
-from .probe import candidates, fingerprint, finite_numbers, is_shape, misfit, recognise
+from .probe import candidates, fingerprint, finite_numbers, is_shape, misfit, misfit_of_all, recognise
 from .witness import Objection
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -104,7 +104,7 @@ def _read(module: nn.Module) -> ExpertsSpec | str | None:
         unscaled = spec.identity_experts > 0
         sizes = {} if unscaled else size_map(num_experts=spec.num_experts, hidden=spec.hidden, intermediate=spec.intermediate)
         for reading in (spec, replace(spec, by_sequence=True)):
-            reason = misfit(module, "experts", reading, sizes)
+            reason = misfit(module, "experts", reading, sizes) or _of_all(module, reading, sizes)
             if reason is None:
                 return reading
             misfits.append((not isinstance(reason, Objection), len(misfits), f"as {spec.layout.label}, {spec.activation}: {reason}"))
@@ -116,6 +116,12 @@ def _read(module: nn.Module) -> ExpertsSpec | str | None:
     more = f" (and {len(misfits) - 1} more readings)" if len(misfits) > 1 else ""
     # The reading that computes the same of ordinary numbers has most to say.
     return f"it does not compute what its parameters suggest: {min(misfits)[-1]}{more}"
+
+
+def _of_all(module: nn.Module, spec: ExpertsSpec, sizes: dict[int, int]) -> str | None:
+    """What is different with as many experts as there are, each of them narrow; a scale model has fewer."""
+    whole = size_map(num_experts=spec.num_experts, hidden=spec.hidden, intermediate=spec.intermediate, experts=spec.num_experts)
+    return misfit_of_all(module, "experts", spec, whole) if whole and sizes and whole != sizes else None
 
 
 def _flagged(module: nn.Module) -> Iterator[ExpertsSpec]:

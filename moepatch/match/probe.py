@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from .. import trial
 from ..experts.activation import FORMULAS, Activation, split_gate
+from ..kind import Kind
 from ..kinds import KINDS
 from ..layout.experts import ExpertsLayout
 from ..replica import random_fill, replica
 from .settled import settled
-from .witness import Witness, regimes
+from .witness import Objection, Witness, regimes
 
 #: Numbers of a tensor that are compared one by one.
 _FEW = 4096
@@ -34,23 +35,39 @@ def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | N
     If they do, a second witness looks at calls of every other kind (see `witness`); what it says is an `Objection`.
     """
     generator = torch.Generator().manual_seed(0)
-    original = replica(module, sizes, random_fill(generator)).train()
-    twin = replica(original, {}, lambda tensor, shape: tensor.detach().clone())
-    scaled = spec.resized(sizes)
-    trial.inject(twin, KINDS[kind].injections(scaled, "reference", None))
-    call = KINDS[kind].trial(scaled, torch.float32, torch.device("cpu"), generator)
-    forward = trial.eager_forward(original)
+    made = KINDS[kind]
+    scaled, witness = spec.resized(sizes), _witness(module, made, spec, sizes, generator)
+    call = made.trial(scaled, torch.float32, torch.device("cpu"), generator)
     with torch.random.fork_rng(devices=[]):
         try:
-            theirs = trial.run(original, call, forward=forward, hidden=True)
-            ours = trial.run(twin, call, hidden=True)
+            theirs = trial.run(witness.original, call, forward=witness.forward, hidden=True)
+            ours = trial.run(witness.twin, call, hidden=True)
         except Exception as error:  # a family's code may fail in any way on a layout that is not its own
             return f"a scale model of it cannot be run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         reason = words(trial.differences(theirs, ours))
         if reason is not None:
             return reason
-        made = KINDS[kind]
-        return settled(Witness(original, twin, forward), (kind, made.regimes, made.bench, scaled), call, lambda: regimes(made, scaled, call, original, generator))
+        return settled(witness, (kind, made.regimes, made.bench, scaled), call, lambda: regimes(made, scaled, call, witness.original, generator))
+
+
+def misfit_of_all(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> Objection | None:
+    """As `misfit` for a module of which a smaller one has been compared: only calls that are its kind's own, without gradients."""
+    generator = torch.Generator().manual_seed(0)
+    witness, scaled = _witness(module, KINDS[kind], spec, sizes, generator), spec.resized(sizes)
+    with torch.random.fork_rng(devices=[]):
+        for what, call in itertools.islice(KINDS[kind].regimes(scaled, torch.float32, torch.device("cpu"), generator), 3):
+            for training in (False, True):
+                reason = witness.unlike(call, training)
+                if reason is not None:
+                    return Objection(f"{what} of {spec.num_experts} in {'training' if training else 'evaluation'} {reason}")
+    return None
+
+
+def _witness(module: nn.Module, kind: Kind, spec, sizes: dict[int, int], generator: torch.Generator) -> Witness:
+    original = replica(module, sizes, random_fill(generator)).train()
+    twin = replica(original, {}, lambda tensor, shape: tensor.detach().clone())
+    trial.inject(twin, kind.injections(spec.resized(sizes), "reference", None))
+    return Witness(original, twin, trial.eager_forward(original))
 
 
 def words(rows: list[trial.Difference]) -> str | None:

@@ -125,23 +125,24 @@ def _seen(op: str, func: Any, x: Tensor, args: tuple, kwargs: dict[str, Any], re
                     yield _bounded(op, bound, x, limit)
     elif op in _EITHER:
         # One tensor with one number is a clamp.
-        yield Key(op, _number(args[1])), Sides(_counts(x < args[1]), _counts(x > args[1]), *_range(x))
+        yield Key(op, _number(args[1])), Sides(_counts(x < args[1], x), _counts(x > args[1], x), *_range(x))
     elif op in _ORDER or op in _TESTS:
         # Whether a whole number is equal to another one is how experts are told apart.
         if op in _ORDER or x.is_floating_point() and op != "logical_not":
-            yield Key(op, _number(args[1]) if len(args) > 1 else None), Sides(_counts(~result), _counts(result), *_range(x))
+            yield Key(op, _number(args[1]) if len(args) > 1 else None), Sides(_counts(~result, x, op), _counts(result, x, op), *_range(x))
     elif x.is_floating_point():
         yield Key(op, None), Sides(*(False, False), *_range(x))
 
 
 def _bounded(op: str, bound: str | float, x: Tensor, limit: float | Tensor) -> tuple[Key, Sides]:
     words = bound if isinstance(bound, str) and isinstance(limit, Tensor) and limit.numel() > 1 else _number(limit)
-    return Key(op, words), Sides(_counts(x < limit), _counts(x > limit), *_range(x))
+    return Key(op, words), Sides(_counts(x < limit, x), _counts(x > limit, x), *_range(x))
 
 
-def _counts(which: Tensor) -> bool:
-    """Whether enough numbers are meant that a result shows what is done with them."""
-    return bool(which.float().mean() >= _SHARE)
+def _counts(which: Tensor, x: Tensor, op: str = "") -> bool:
+    """Whether enough of the numbers of x are meant that a result shows what is done with them: what makes 0 of 0 shows nothing."""
+    shows = which & (x != 0) if x.is_floating_point() and op not in _TESTS else which
+    return bool(shows.float().mean() >= _SHARE)
 
 
 def _arguments(func: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

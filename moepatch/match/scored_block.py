@@ -14,6 +14,7 @@ from ..scan import Found, Scan
 from ..site import Refusal, Site
 from .experts import guessed, make_site, refusal, takes
 from .probe import fingerprint, misfit
+from .witness import Objection
 
 
 @register_matcher("scored_block", priority=90)
@@ -34,7 +35,7 @@ def match_scored_block(found: Found, scan: Scan, memo: dict) -> Site | Refusal |
 
 
 def _read(block: nn.Module, experts: nn.Module) -> ScoredBlockSpec | str:
-    reason = "its children are not one router, one experts module and at most one shared expert"
+    reason, objected = "its children are not one router, one experts module and at most one shared expert", False
     for spec in guessed(experts):
         roles = children_by_role(block, spec.num_experts)
         if roles is None:
@@ -47,7 +48,10 @@ def _read(block: nn.Module, experts: nn.Module) -> ScoredBlockSpec | str:
             misfitting = misfit(block, "scored_block", scored, sizes)
             if misfitting is None:
                 return scored
-            reason = f"it does not compute a scored sum over its experts: {misfitting}"
+            # The reading that computes the same of ordinary numbers has most to say.
+            if not objected:
+                objected = isinstance(misfitting, Objection)
+                reason = f"it does not compute a scored sum over its experts: {misfitting}"
     return reason
 
 

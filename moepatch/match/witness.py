@@ -285,13 +285,13 @@ def _difference(theirs: _Outcome, ours: _Outcome) -> tuple[str | None, float]:
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
-    """As for trials, but what is infinite or not a number in both is equal."""
+    """As for trials, but what is infinite or not a number in both is equal, and where the truth is all 0 nothing else is small."""
     if torch.equal(value, truth):
         return 0.0
     value, truth = (t if t.is_floating_point() or t.is_complex() else t.double() for t in (value, truth))
     scale, error = (torch.linalg.vector_norm(t).item() for t in (truth, value - truth))
     if math.isfinite(scale) and math.isfinite(error):
-        return error / scale if scale else error
+        return error / (scale or error)
     same = (value == truth) | (value.isnan() & truth.isnan())
     if not bool((same | value.isfinite() & truth.isfinite()).all()):
         return math.inf
