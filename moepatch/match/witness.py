@@ -76,8 +76,13 @@ class Witness:
             for training in (False, True) if evaluation else (True,):
                 reason = self.unlike(call, training)
                 if reason is not None:
-                    return Objection(f"{what}{' ' if what else ''}in {'training' if training else 'evaluation'} {reason}")
+                    return Objection(f"{what}{' ' if what else ''}in {'training' if training else 'evaluation'} {reason}{self._likely()}")
         return self._thresholds(ordinary)
+
+    def _likely(self) -> str:
+        """The thresholds that only the family's code has, in words."""
+        named = [str(key) for key in self.theirs if key not in self.ours]
+        return f" (its forward alone has {', '.join(named[:3])})" if named else ""
 
     def trace(self, call: Call) -> tuple | None:
         """What the family's code runs in an ordinary call, in training and not; None if that cannot be had."""
