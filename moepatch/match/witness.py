@@ -76,8 +76,13 @@ class Witness:
             for training in (False, True) if evaluation else (True,):
                 reason = self.unlike(call, training)
                 if reason is not None:
-                    return Objection(f"{what}{' ' if what else ''}in {'training' if training else 'evaluation'} {reason}")
+                    return Objection(f"{what}{' ' if what else ''}in {'training' if training else 'evaluation'} {reason}{self._likely()}")
         return self._thresholds(ordinary)
+
+    def _likely(self) -> str:
+        """The thresholds that only the family's code has, in words."""
+        named = [str(key) for key in self.theirs if key not in self.ours]
+        return f" (its forward alone has {', '.join(named[:3])})" if named else ""
 
     def trace(self, call: Call) -> tuple | None:
         """What the family's code runs in an ordinary call, in training and not; None if that cannot be had."""
@@ -307,8 +312,9 @@ def _is_rounding(theirs: tuple, ours: tuple, call: Call, error: float) -> bool:
         outcomes = [_called(copy.deepcopy(module).double(), forward, wide, {}) for module, forward in (theirs, ours)]
     except Exception:  # then there is nothing that speaks for it
         return False
-    reason, left = _difference(*outcomes)
-    return reason is None and max(relative(outcomes[1].tensors[n], t) for n, t in outcomes[0].tensors.items()) <= max(_FP64_LIMIT, error / 30) or left < 0
+    if _difference(*outcomes)[0] is not None:
+        return False
+    return max(relative(outcomes[1].tensors[name], truth) for name, truth in outcomes[0].tensors.items()) <= max(_FP64_LIMIT, error / 30)
 
 
 def _is_same(theirs: Sides, ours: Sides | None) -> bool:
