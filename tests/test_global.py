@@ -136,3 +136,13 @@ def test_a_twin_has_the_models_dtypes_and_sets_no_default():
     wanted = {name: t.dtype for name, t in (*model.named_parameters(), *model.named_buffers())}
     assert {name: t.dtype for name, t in (*twin.named_parameters(), *twin.named_buffers())} == wanted
     assert torch.get_default_dtype() is torch.float32 and set(wanted.values()) == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_trials_say_whose_formulas_are_torchs(name):
+    """A call without a module would be a TypeError, which a matcher takes for a module that is not its own."""
+    path = PACKAGE.parent / name.replace(".", "/")
+    for node in ast.walk(ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())):
+        called = node.func if isinstance(node, ast.Call) else None
+        if getattr(called, "attr", getattr(called, "id", None)) == "torch_formulas":
+            assert node.args, f"{name}:{node.lineno} calls torch_formulas() without a module"
