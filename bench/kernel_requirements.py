@@ -78,14 +78,14 @@ def size_of(form: Form) -> str:
     return ssd_size(names["N"], names["P"])
 
 
-def measured(dtypes: list[str], names: list[str] | None, targets: dict[int, str]) -> list[dict]:
+def measured(dtypes: list[str], names: list[str] | None, targets: dict[int, str], workers: int) -> list[dict]:
     """A row for every form, dtype and target."""
     rows = []
     for dtype in dtypes:
         found = made(getattr(torch, dtype), names)
         for capability, target in targets.items():
             forms = forms_for(target, getattr(torch, dtype), found)
-            for form, need in zip(forms, all_needs([(form, capability) for form in forms]), strict=True):
+            for form, need in zip(forms, all_needs([(form, capability) for form in forms], workers), strict=True):
                 where = {"table": form.table, "size": size_of(form), "dtype": dtype, "capability": capability, "kernel": form.kernel}
                 rows.append({**where, **need, "form": form.describe(), "models": names or [*found]})
             print(f"{dtype} sm_{capability}: {len(forms)} forms", file=sys.stderr, flush=True)
@@ -138,9 +138,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--models", help="only these, separated by commas")
+    parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     names = given.models.split(",") if given.models else None
-    rows = measured(given.dtypes.split(","), names, TARGETS)
+    rows = measured(given.dtypes.split(","), names, TARGETS, given.workers)
     requirements._FILE.write_text(json.dumps(data(rows), indent=1, sort_keys=True) + "\n")
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "gpus.md").write_text(table(rows))
