@@ -141,7 +141,7 @@ def test_patched_families(name):
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_optimize_compiles_and_restore_undoes_it(dense, monkeypatch):
-    monkeypatch.setattr(moepatch.api, "compile_layers", functools.partial(compile_layers, backend="eager"))
+    monkeypatch.setattr(moepatch.carrying_out, "compile_layers", functools.partial(compile_layers, backend="eager"))
     model = quiet("qwen3_moe")
     outputs, grads = compare.step("qwen3_moe", model)
     moepatch.optimize(model, compile="regional", dense=dense)
