@@ -73,7 +73,8 @@ def test_an_fp32_weight_costs_less_than_fp32_gemms(tokens, experts, top_k, hidde
     weight = torch.randn(experts, hidden, device="cuda").mul(0.02).requires_grad_()
     correction, dweights = torch.zeros(experts, device="cuda"), torch.randn(tokens, top_k, device="cuda")
     times = {}
-    for name, function, held in (("family", reference_router, weight), ("ours", kernels.router, weight), ("ours, bf16", kernels.router, weight.detach().bfloat16().requires_grad_())):
+    low = weight.detach().bfloat16().requires_grad_()
+    for name, function, held in (("family", reference_router, weight), ("ours", kernels.router, weight), ("ours, bf16", kernels.router, low)):
         forward = lambda f=function, w=held: f(x, w, None, correction, made)
         both = lambda f=forward, w=held: torch.autograd.grad(f()[1], (x, w), dweights)
         times[name] = device_microseconds(forward), device_microseconds(both), host_microseconds(both)

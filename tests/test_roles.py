@@ -217,7 +217,11 @@ def test_calls_that_the_family_refuses_are_refused_in_its_words():
 
 
 #: What 5.24 called otherwise before.
-FORMER = {"qwen3_moe": ("past_key_values", PatchedAttentionBlock), "deepseek_v3": ("past_key_values", PatchedLatent), "nemotron_h": ("cache_params", PatchedSSD)}
+FORMER = {
+    "qwen3_moe": ("past_key_values", PatchedAttentionBlock),
+    "deepseek_v3": ("past_key_values", PatchedLatent),
+    "nemotron_h": ("cache_params", PatchedSSD),
+}
 
 
 @pytest.mark.parametrize("name", FORMER)

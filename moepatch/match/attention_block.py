@@ -116,7 +116,8 @@ def odd_module(module: nn.Module) -> str | None:
 
 def odd_linears(names: Iterable[str], layers: Iterable[nn.Module]) -> str | None:
     """The first of the projections that is something else than torch's linear layer, in words, or None."""
-    return next((f"its projection `{name}` is {type(layer).__name__}, not Linear" for name, layer in zip(names, layers, strict=True) if type(layer) is not nn.Linear), None)
+    odd = next(((name, layer) for name, layer in zip(names, layers, strict=True) if type(layer) is not nn.Linear), None)
+    return None if odd is None else f"its projection `{odd[0]}` is {type(odd[1]).__name__}, not Linear"
 
 
 def _heads(q: nn.Linear, k: nn.Linear, v: nn.Linear, o: nn.Linear, head_dim: Any) -> HeadsSpec | None:

@@ -114,7 +114,7 @@ class Subject:
             results, given = _run(twin, self.roles, self.call, None)
         except Exception as error:  # a reading may be wrong in any way
             return [type(error).__name__, *self.given[0]]
-        missed = [[] if a is None else [n for n in {**a, **(b or {})} if b is None or not same(a.get(n, a), b.get(n, b))] for a, b in zip(self.given, given, strict=True)]
+        missed = [_unlike(theirs, ours) for theirs, ours in zip(self.given, given, strict=True)]
         for theirs, names in zip(self.given[_ALWAYS:], missed[_ALWAYS:], strict=True):
             if theirs is not None and theirs[_WITHOUT] != self.roles.tables and bool(names) != any(missed[:_ALWAYS]):
                 return [f"the argument `{theirs[_WITHOUT]}`"]
@@ -202,7 +202,8 @@ def roles_of(model: nn.Module, inputs: _Inputs) -> Roles | str:
     tables += [name for name, value in found.values.items() if isinstance(value, Tensor) and name not in (found.tokens, mask_name)]
     caches = found.caches()
     if len(tables) > 1 or len(caches) > 1:
-        return f"it takes more than one {'pair of tables' if len(tables) > 1 else 'cache'} ({', '.join(tables) if len(tables) > 1 else ', '.join(s.moepatch_name for s in caches)})"
+        what, names = ("pair of tables", tables) if len(tables) > 1 else ("cache", [s.moepatch_name for s in caches])
+        return f"it takes more than one {what} ({', '.join(names)})"
     updates = updates_of(model, found, run, extra)
     model._moepatch_given = [given]
     if isinstance(updates, str):
@@ -246,6 +247,15 @@ def _without(name: str, module: nn.Module, forward: Any, kwargs: dict[str, Any])
     except Exception:  # families need some arguments that have a default
         del module._moepatch_given[known:]
         module._moepatch_given.append(None)
+
+
+def _unlike(theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> list[str]:
+    """The names under which two records differ; none where the family's own call failed."""
+    if theirs is None:
+        return []
+    if ours is None:
+        return list(theirs)
+    return [name for name in {**theirs, **ours} if not (name in theirs and name in ours and same(theirs[name], ours[name]))]
 
 
 def same(a: Any, b: Any) -> bool:

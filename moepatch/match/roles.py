@@ -24,8 +24,9 @@ EXTRA = "moepatch_extra"
 FROM_CACHE = "moepatch_from_cache"
 #: What is asked of a number or a tensor.
 _OPERATORS = (
-    "__bool__ __call__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __contains__ __setitem__ __index__ __int__ __float__ __neg__ __invert__ __enter__ __exit__ "
-    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __mod__ __pow__ __matmul__ __rmatmul__ __and__ __rand__ __or__ __ror__"
+    "__bool__ __call__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __contains__ __setitem__ __index__ __int__ __float__ __neg__ __invert__ "
+    "__enter__ __exit__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __mod__ __pow__ __matmul__ "
+    "__rmatmul__ __and__ __rand__ __or__ __ror__"
 ).split()
 #: An index that no layer of a scale model has.
 _ELSEWHERE = 9973
@@ -145,7 +146,8 @@ class Attempt:
 def named_parameters(module: nn.Module) -> list[inspect.Parameter] | str:
     """The arguments of a module's innermost forward that have a name, or why it cannot be called by name."""
     parameters = list(inspect.signature(trial.eager_forward(module)).parameters.values())[1:]
-    for kind, words in ((inspect.Parameter.VAR_POSITIONAL, "any number of arguments by position"), (inspect.Parameter.POSITIONAL_ONLY, "arguments by position only")):
+    unnamed = {inspect.Parameter.VAR_POSITIONAL: "any number of arguments by position", inspect.Parameter.POSITIONAL_ONLY: "arguments by position only"}
+    for kind, words in unnamed.items():
         if any(p.kind is kind for p in parameters):
             return f"its forward takes {words}"
     return [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
