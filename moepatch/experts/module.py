@@ -61,7 +61,7 @@ class PatchedExperts(Patched):
             y_TH = y_TH + _identity(x_TH, topk_ids_TK, topk_weights_TK, spec)
         if spec.by_sequence:
             return y_TH.view(hidden_states.shape[0], -1, spec.hidden)
-        # A view that changes nothing is left out: FSDP2 hangs its hook on what is returned, and one on a view is lost if the family adds to it in place.
+        # No view that changes nothing: FSDP2 hangs its hook on what is returned, and on a view it is lost if the family adds to it in place.
         return y_TH if y_TH.shape == hidden_states.shape else y_TH.view(hidden_states.shape)
 
     def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None, ranks: int = 1) -> Tensor:

@@ -137,7 +137,7 @@ def _shard_together(layers: list[nn.Module], passes: Passes, mesh: DeviceMesh, i
 def _shard_parameters(
     root: nn.Module, parameters: list[nn.Parameter], mesh: DeviceMesh, journal: Journal, reshard_after_forward: bool = False
 ) -> list[nn.Module]:
-    """A unit for these parameters alone, all of one dtype; the unit that has the rest of their modules comes before. Returns the modules that have them.
+    """A unit for these parameters alone, all of one dtype; the unit that has the rest of their modules comes before. Returns those modules.
 
     Raises:
         MoePatchError: one of these modules is a unit already, and FSDP2 wants one dtype in a unit.

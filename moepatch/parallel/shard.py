@@ -88,7 +88,8 @@ class FullyShard:
     """One FSDP2 unit, and the way back from it (FSDP2 itself has none).
 
     Attributes:
-        modules: those whose parameters are gathered at the same time. With several, FSDP2's forward hooks are to be replaced (`Together`).
+        modules: those whose parameters are gathered at the same time. With several, FSDP2's forward hooks are to be replaced (`Together`,
+            `Throughout`).
         mesh, ignored, reshard_after_forward: as `torch.distributed.fsdp.fully_shard` takes them.
     """
 
