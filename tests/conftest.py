@@ -31,7 +31,8 @@ def pytest_terminal_summary(terminalreporter):
     if torch.cuda.is_available():
         have = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
         wanted = ("torch", "triton", "transformers", "transformer-engine", "liger-kernel", "quack-kernels", "flash-attn-4", "deep-ep")
-        terminalreporter.write_line(", ".join([torch.cuda.get_device_name(), f"{os.cpu_count()} cores", *(f"{n} {have[n]}" for n in wanted if n in have)]))
+        versions = [f"{name} {have[name]}" for name in wanted if name in have]
+        terminalreporter.write_line(", ".join([torch.cuda.get_device_name(), f"{os.cpu_count()} cores", *versions]))
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""The record of what is matched, tests/data/kinds.json: transformers version × family → kinds × counts, and what the behaviour suite saw.
+"""The record of what is matched, tests/data/kinds.json: version of transformers × family → kinds × counts, and what was seen of it.
 
-    python tests/family_kinds.py          writes the section of the installed transformers
+    python tests/family_kinds.py              writes the section of the installed transformers
+    python tests/family_kinds.py --losses     also where there are fewer modules of a kind than before
 
-A section is made from plans of the zoo. What the behaviour suite saw of a family (``seen``) comes from that suite's own results, in build/families,
-and from nowhere else: run tests/test_families.py before. A family that it has not run since keeps what was recorded as long as its kinds are the same.
-Exceptions are written by hand: where two neighbouring versions may differ in a family, and why.
+A section is made from plans of the zoo. What was seen of a family comes from the behaviour suite's own results (build/families) and
+from nowhere else: run tests/test_families.py before. A family that it has not run since keeps what was recorded, as long as its kinds
+are the same. The exceptions are written by hand: where two neighbouring versions may differ in a family, and why.
 """
 
 from __future__ import annotations
@@ -122,26 +123,33 @@ def text(record: dict[str, Any]) -> str:
     return re.sub(r'^(    "\w+": )(\{\n(?:     .*\n)+    \})', line, whole, flags=re.MULTILINE) + "\n"
 
 
-def main() -> int:
-    """Writes the section of the installed transformers; says what changed in it."""
-    record = read() if RECORD.exists() else {"exceptions": {}, "versions": {}}
-    former = record["versions"].get(zoo.RELEASE)
-    made = section(former["families"] if former else {})
-    for name, what in (differences(former, made) if former else {}).items():
+def lost(old: dict[str, int], new: dict[str, int]) -> bool:
+    """Whether there are fewer modules of some kind."""
+    return any(new.get(kind, 0) < count for kind, count in old.items())
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the section of the installed transformers and says what changed in it; refuses to write a loss that was not asked for."""
+    record = read()
+    former = record["versions"].get(zoo.RELEASE, {"families": {}})
+    made = section(former["families"])
+    moved = differences(former, made)
+    for name, what in moved.items():
         print(f"{name:27}{what}")
-    record["versions"] = {key: made if key == zoo.RELEASE else record["versions"][key] for key in versions(_with(record, made))}
-    RECORD.parent.mkdir(exist_ok=True)
+    losses = [name for name in moved if lost(former["families"][name]["kinds"], made["families"][name]["kinds"])]
+    losses += [name for name in former["families"] if name not in made["families"]]
+    if losses and "--losses" not in arguments:
+        print(f"Nothing is written: kinds are lost in {', '.join(losses)}. If that is meant: python tests/family_kinds.py --losses")
+        return 1
+    record["versions"][zoo.RELEASE] = made
+    record["versions"] = {version: record["versions"][version] for version in versions(record)}
     RECORD.write_text(text(record))
     unseen = [name for name, entry in made["families"].items() if not entry["seen"]]
-    print(f"transformers {zoo.RELEASE}: {len(made['families'])} models in {RECORD.relative_to(ROOT)}; the behaviour suite has seen all but: {unseen}")
+    print(f"transformers {zoo.RELEASE}: {len(made['families'])} models in {RECORD.relative_to(ROOT)}; the behaviour suite has not seen: {unseen}")
     return 0
-
-
-def _with(record: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    return {"versions": {**record["versions"], zoo.RELEASE: made}}
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -64,6 +64,19 @@ def test_a_loss_and_a_gain_are_named_what_shrank_first():
     assert family_kinds.differences(a, a) == {} and family_kinds.differences(a, b) == {"x": "norm: 1 → 2"}
 
 
+def test_a_loss_is_not_written_unasked(tmp_path, monkeypatch, capsys):
+    kept = {"families": {"x": {"kinds": {"norm": 2, "router": 1}, "seen": []}}}
+    made = {"families": {"x": {"kinds": {"norm": 9}, "seen": []}}}
+    monkeypatch.setattr(family_kinds, "ROOT", tmp_path)
+    monkeypatch.setattr(family_kinds, "RECORD", tmp_path / "kinds.json")
+    monkeypatch.setattr(family_kinds, "section", lambda former: made)
+    before = family_kinds.text({"exceptions": {}, "versions": {zoo.RELEASE: kept}})
+    family_kinds.RECORD.write_text(before)
+    assert family_kinds.main([]) == 1 and "kinds are lost in x" in capsys.readouterr().out
+    assert family_kinds.RECORD.read_text() == before
+    assert family_kinds.main(["--losses"]) == 0 and family_kinds.read()["versions"] == {zoo.RELEASE: made}
+
+
 def test_what_was_seen_is_kept_only_where_nothing_changed_since():
     plan, former = {"kinds": {"norm": 1}}, {"kinds": {"norm": 1}, "seen": ["fp32", "bf16"]}
     assert family_kinds.merged(plan, {}, None)["seen"] == []
