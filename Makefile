@@ -9,7 +9,7 @@ NEWEST := 5.24.0
 TRITON := 3.6.0
 
 # torch's own cuDNN comes first: Transformer Engine would load the system's, for torch too, and an older one is wrong in a CUDA graph.
-CUDNN = $(shell $(PYTHON) -c 'import nvidia.cudnn as found; print(found.__path__[0] + "/lib")' 2>/dev/null)
+CUDNN = $(shell $(PYTHON) -c 'import nvidia.cudnn as found; print(found.__path__[0])' 2>/dev/null)
 GPU_NEEDS := torch transformers safetensors rich typer packaging pytest xdist pytest_timeout hypothesis peft accelerate matplotlib
 
 # Where there is no GPU, torch is pinned to the version of the constraints; where there is one, pip's own choice has CUDA.
@@ -44,7 +44,7 @@ test-gpu:  ## run the tests that need a GPU, with the machine's own Python: it h
 	@$(PYTHON) -c 'import sys; from importlib.util import find_spec; lost = [m for m in "$(GPU_NEEDS)".split() if not find_spec(m)]; \
 	lost and sys.exit("$(PYTHON) lacks " + ", ".join(lost) + ": install them, or name another: make test-gpu PYTHON=…")'
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("$(PYTHON) has a torch that sees no CUDA GPU")'
-	LD_LIBRARY_PATH="$(CUDNN)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "gpu and not timing" -n 8
+	CUDNN_HOME="$(CUDNN)" LD_LIBRARY_PATH="$(CUDNN:%=%/lib)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "gpu and not timing" -n 8
 
 kernels: .venv-triton/triton  ## compile the Triton kernels for every known GPU, without one: docs/gpus.md, and its test (about half an hour)
 	OMP_NUM_THREADS=1 .venv-triton/bin/python bench/kernel_requirements.py

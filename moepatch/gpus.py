@@ -81,6 +81,7 @@ def capability_of(device: torch.device | Gpu) -> tuple[int, int]:
     return device.capability if isinstance(device, Gpu) else torch.cuda.get_device_capability(device)
 
 
+@torch.compiler.assume_constant_result
 def shared_memory(index: int | None) -> int:
     """Bytes of shared memory that a block may have on the GPU of this number; an H200's where there is none, as under an interpreter."""
     return GPUS["h200"].shared if index is None else _of_driver(index).shared
@@ -98,7 +99,7 @@ def _of_driver(index: int) -> Gpu:
     found = torch.cuda.get_device_properties(index)
     capability, words = (found.major, found.minor), "".join(found.name.lower().split())
     # A build of torch that does not say it: what the nearest older GPU has.
-    told = "shared_memory_per_block_optin" in dir(found)
+    told = hasattr(found, "shared_memory_per_block_optin")
     shared = found.shared_memory_per_block_optin if told else _SHARED[max((known for known in _SHARED if known <= capability), default=min(_SHARED))]
     # The longest name decides: an A100 is no A10.
     known = max((gpu for key, gpu in GPUS.items() if key in words), key=lambda gpu: len(gpu.name), default=None)

@@ -18,7 +18,8 @@ def sdpa_attention(q_BHSD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask: Tensor 
 
     Args:
         q_BHSD, k_BGKD, v_BGKD: S queries, K keys.
-        mask: boolean or additive, broadcast to ``[B, H, S, K]``; None with `causal` where S = K, or for one query that sees all.
+        mask: boolean or additive, broadcast to ``[B, H, S, K]``; None with `causal` where S = K, or for one query that sees all. By a boolean one
+            a query that sees no key gets 0.
     """
     batch, heads, length, _ = q_BHSD.shape
     groups = heads // k_BGKD.shape[1]
@@ -29,7 +30,14 @@ def sdpa_attention(q_BHSD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask: Tensor 
         else:
             k_BGKD, v_BGKD = repeat_heads(k_BGKD, groups), repeat_heads(v_BGKD, groups)
     causal = causal and mask is None and length > 1
+    seeing = None
+    if mask is not None and mask.dtype == torch.bool and q_BHSD.is_cuda and length > 1:
+        # cuDNN, where torch picks it, gives NaN as the gradient of a query that sees no key: such a query sees all, and its result is dropped.
+        seeing = mask.any(-1, keepdim=True)
+        mask = mask | ~seeing
     out = F.scaled_dot_product_attention(q_BHSD, k_BGKD, v_BGKD, mask, dropout, causal, scale=scale, enable_gqa=native)
+    if seeing is not None:
+        out = out.masked_fill(~seeing, 0)
     return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous()
 
 

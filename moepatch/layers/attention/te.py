@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .exact import plain_attention
 from .kernel import How, Kernel, needs_gpu, wrong_dims
 from .spec import AttentionSpec
 from .torch_kernels import why_not_loaded
+
+#: Tokens of the call that shows what it computes, and the error that both sides' rounding may add up to.
+_TRIED, _NEAR = 160, 0.05
 
 
 @functools.cache
@@ -59,7 +64,29 @@ def why_not_te(spec: AttentionSpec | None, dtype: torch.dtype, device: torch.dev
         return "Transformer Engine has no sinks in packed sequences"
     if not spec.causal and spec.window is not None:
         return "Transformer Engine's cuDNN attention has no two-sided windows"
-    return wrong_dims(spec, 256)
+    return wrong_dims(spec, 256) or _why_wrong(replace(spec, packed=False), dtype, device)
+
+
+@functools.cache
+def _why_wrong(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+    """A small call, forward and backward, tells what it computes here: without its cuDNN attention it takes what else is installed, without a word."""
+    heads = min(spec.heads, 4 * (spec.heads // spec.kv_heads))
+    shapes = ((heads, spec.head_dim), (heads * spec.kv_heads // spec.heads, spec.head_dim), (heads * spec.kv_heads // spec.heads, spec.v_head_dim))
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+        q, k, v = (torch.randn(1, count, _TRIED, dim, generator=generator, device=device).to(dtype).requires_grad_() for count, dim in shapes)
+        sinks = torch.zeros(heads, dtype=dtype, device=device, requires_grad=True) if spec.sinks else None
+        distance = torch.arange(_TRIED, device=device)[:, None] - torch.arange(_TRIED, device=device)
+        left, right = spec.reach
+        mask = ((distance <= left) | (left < 0)) & ((-distance <= right) | (right < 0))
+        try:
+            found = run_te(q, k, v, How(spec.head_dim**-0.5, spec.reach, sinks))
+            truth = plain_attention(q, k, v, mask[None, None], scale=spec.head_dim**-0.5, sinks_H=sinks)[0]
+            ours, theirs = (torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (found, truth))
+        except RuntimeError as error:
+            return f"Transformer Engine's attention fails here ({str(error).splitlines()[0]})"
+    errors = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip((found, *ours), (truth, *theirs), strict=True)]
+    return None if max(errors) < _NEAR else f"Transformer Engine's attention computes something else here: its relative error is {max(errors):.1e}"
 
 
 TE = Kernel("Transformer Engine", why_not_te, run_te)

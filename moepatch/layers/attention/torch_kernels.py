@@ -152,8 +152,8 @@ def why_older_cudnn(built: tuple[int, int, int], loaded: tuple[int, int, int]) -
     found, wanted = (".".join(map(str, version)) for version in (loaded, built))
     return (
         f"cuDNN {found} is loaded and torch was built with {wanted}: another library, such as Transformer Engine, has loaded the system's, whose "
-        "backward pass is wrong in a CUDA graph. Start Python with the folder of torch's own first in LD_LIBRARY_PATH "
-        "(python -c 'import nvidia.cudnn as c; print(c.__path__[0])', then /lib)"
+        "backward pass is wrong in a CUDA graph. Start Python with torch's own (F=$(python -c 'import nvidia.cudnn as c; print(c.__path__[0])')): "
+        "CUDNN_HOME=$F LD_LIBRARY_PATH=$F/lib"
     )
 
 
