@@ -171,7 +171,8 @@ def test_a_backend_that_the_caller_named_raises(qwen3, how, words):
 
 def test_the_reference_by_name(qwen3, monkeypatch):
     monkeypatch.setitem(registry._LOADED, ("experts", "reference"), wrong(registry.compute("experts", "reference")))
-    monkeypatch.setattr(match_experts, "misfit", lambda *args: None)
+    for name in ("misfit", "misfit_of_all"):
+        monkeypatch.setattr(match_experts, name, lambda *args: None)
     with pytest.raises(moepatch.NumericMismatch, match="'reference' does not compute") as caught:
         moepatch.optimize(qwen3, experts="reference")
     assert "experts=None" in str(caught.value) and "reference" not in str(caught.value).partition("rolled back.")[2]

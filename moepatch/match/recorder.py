@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ _STEPS = frozenset(
     "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine quantize_per_tensor".split()
 )
 _ITEM = "_local_scalar_dense"
+#: torch notes once for all threads whether one of them is in such a mode; threads that overlap would leave the note wrong for ever.
+_ONE_AT_A_TIME = threading.RLock()
 #: Of many small numbers, one that is 0 instead changes no result by more than rounding does.
 _SHARE = 0.1
 
@@ -87,6 +90,16 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.sites: dict[Key, Sides] = {}
         self.trace: list[tuple] = []
+
+    def __enter__(self):
+        _ONE_AT_A_TIME.acquire()
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        try:
+            return super().__exit__(*raised)
+        finally:
+            _ONE_AT_A_TIME.release()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
