@@ -38,6 +38,8 @@ _FACTORS = (30.0, 1e-3)
 _LEAST = 7
 #: The largest input, in numbers.
 _MOST_NUMBERS = 2**20
+#: The most that a call may cost, in multiplications by weights: few modules cannot be tried at a smaller size.
+_MOST_WORK = 2**32
 #: By which inputs and weights are multiplied, one at a time, in search of the other side of a threshold.
 _REACH = (10.0, -1.0, 1e-2, 1e3, 1e-5, 1e5, 0.0, 1e-9, -1e3)
 #: Two runs in fp64 that differ by more than this compute different things.
@@ -211,7 +213,8 @@ def regimes(kind: Kind, spec: Any, call: Call, module: nn.Module, generator: tor
 
 
 def counts_of_tokens(module: nn.Module, most: int) -> list[int]:
-    """Few and many, and those that the code or the attributes of a module may mean, and one more of each; none above `most`."""
+    """Few and many, and those that the code or the attributes of a module may mean, and one more of each; none above `most` or too costly."""
+    most = min(most, _MOST_WORK // max(1, sum(p.numel() for p in module.parameters())))
     found: set[int] = set()
     for part in module.modules():
         # Smaller attributes are widths, as a rule, and the usual counts of tokens lie around them.
