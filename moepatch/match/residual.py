@@ -134,6 +134,8 @@ def _stand_in(layer: nn.Module, norms: dict[str, NormSpec], form: dict[str, str]
             copy._modules[name] = _Child(name, forms[name], width, written)
             copy._modules[name].__class__ = _posing_as(original_class(child))
     copy.training = True  # dropout counts
+    if "gradient_checkpointing" in vars(copy):  # it stands around the forward, and acts on keywords that are tried here
+        copy.gradient_checkpointing = False
     return copy
 
 
