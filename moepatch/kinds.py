@@ -76,7 +76,7 @@ def _regimes_block(hidden):
     """Sequences of every length, and one token all the time, which goes to the same experts."""
 
     def calls(spec, dtype, device, generator):
-        for shape in ((1, 1), (1, 2), (3, 16), (1, 600), (2, 2100)):
+        for shape in ((1, 1), (1, 2), (1, 3), (5, 5), (3, 16), (1, 600), (2, 2100)):
             count = shape[0] * shape[1]
             yield f"with {count} token{'s' if count > 1 else ''}", Call((_random((*shape, hidden(spec)), dtype, device, generator),))
         token = _random((1, 1, hidden(spec)), dtype, device, generator)

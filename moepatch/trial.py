@@ -29,6 +29,8 @@ _IN_TORCH = StandIns({(hub_kernels, "is_torchdynamo_exporting"): lambda: True, (
 #: How the names of results begin that say the structure of what was returned, and a tensor's dtype; and how those of gradients end that
 #: there are without a loss.
 FORM, DTYPE, UNASKED = "returns ", "dtype of ", " where nobody asks for one"
+#: How the name begins of an input that the module has written into.
+WRITTEN = "written input "
 _DTYPES = list(dict.fromkeys(value for value in vars(torch).values() if isinstance(value, torch.dtype)))
 
 
@@ -55,10 +57,10 @@ class Call:
         varying = {name: value for name, value in self.kwargs.items() if name not in self.constants}
         return [leaf for leaf in tree_flatten((self.args, varying))[0] if _is_floating(leaf)]
 
-    def trainable(self) -> Call:
-        """The call with copies of the tensors; those of `leaves` record what is computed from them."""
+    def trainable(self, needed: bool = True) -> Call:
+        """The call with copies of the tensors; those of `leaves` record what is computed from them, if that is `needed`."""
         fresh = self.mapped(lambda tensor: tensor.detach().clone())
-        for leaf in fresh.leaves():
+        for leaf in fresh.leaves() if needed else ():
             leaf.requires_grad_()
         return fresh
 
@@ -92,7 +94,16 @@ class Results(dict):
         return torch.tensor(math.nan)
 
 
-def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = None, seed: int = 0, hidden: bool = False) -> dict[str, Tensor]:
+def run(
+    module: nn.Module,
+    call: Call,
+    *,
+    forward: Callable[..., Any] | None = None,
+    seed: int = 0,
+    hidden: bool = False,
+    inputs: bool = True,
+    loud: float = 1.0,
+) -> dict[str, Tensor]:
     """One call and its backward pass, without the libraries that a family may find installed (see `torch_formulas`).
 
     Args:
@@ -101,24 +112,27 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
         forward: called as ``forward(module, ...)`` instead of the module's own forward.
         seed: of the random cotangent; that of a single number, a loss, is 1, as in a training step.
         hidden: also take the gradients that there are with a cotangent of 0: those of a loss that the module adds in its backward pass.
+        inputs: False: those of the call need no gradient, as in the first layer above a frozen embedding.
+        loud: what the cotangent is multiplied with.
 
     Returns:
         Every tensor that is returned and every gradient by name, on the CPU in fp32 or wider. A gradient that autograd leaves out is 0. The
         structure of what is returned is one of the names, the dtype of each tensor a number of its own; `differences` knows both.
     """
-    call = call.trainable()
-    leaves = {f"grad input {i}": leaf for i, leaf in enumerate(call.leaves())}
+    given, call = call.leaves(), call.trainable(inputs)
+    leaves = {f"grad input {i}": leaf for i, leaf in enumerate(call.leaves()) if inputs}
     leaves |= {f"grad {name}": p for name, p in module.named_parameters() if p.requires_grad}
     with torch.enable_grad(), torch_formulas(module, forward) as forward:
         returned = forward(module, *call.args, **call.kwargs)
         result = returned_tensors(returned)
+        written = {f"{WRITTEN}{i}": now for i, (was, now) in enumerate(zip(given, call.leaves(), strict=True)) if not torch.equal(was, now)}
         outputs = [o for o in result.values() if o.requires_grad]
         generator = torch.Generator().manual_seed(seed)
-        cotangents = [_cotangent(o, generator) for o in outputs]
+        cotangents = [_cotangent(o, generator) * loud for o in outputs]
         if hidden:
             grads = _gradients(outputs, [torch.zeros_like(o) for o in outputs], leaves, retain=True)
             result |= {name + UNASKED: g for name, g in grads.items()}
-        result |= _gradients(outputs, cotangents, leaves)
+        result |= _gradients(outputs, cotangents, leaves) | written
     dtypes = {DTYPE + name: torch.tensor([_DTYPES.index(o.dtype)]) for name, o in result.items() if name.startswith("output")}
     wide = {name: t.detach().to("cpu", _wide(t.dtype)) for name, t in {**result, **dtypes}.items()}
     return Results({FORM + form_of(returned): torch.ones(1), **wide})
@@ -126,7 +140,8 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
 
 def _gradients(outputs: list[Tensor], cotangents: list[Tensor], leaves: Mapping[str, Tensor], retain: bool = False) -> dict[str, Tensor]:
     loss = sum((o * c).sum() for o, c in zip(outputs, cotangents, strict=True))
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, retain_graph=retain) if outputs else [None] * len(leaves)
+    tensors = list(leaves.values())
+    grads = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=retain) if outputs and leaves else [None] * len(leaves)
     return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), grads, strict=True)}
 
 
@@ -202,13 +217,14 @@ def differences(reference: Mapping[str, Tensor], ours: Mapping[str, Tensor], the
     What is returned in another structure, or in another dtype than the family's own code returns it, is one row with an infinite error.
     """
     rows = [_unlike(f"{name}, not {_form(ours).removeprefix(FORM)}", None) for name in reference if name.startswith(FORM) and name not in ours]
+    of_another_form = bool(rows)
     for what, truth in reference.items():
         if what.startswith(DTYPE):
             own, other = (theirs or reference)[what], ours[what]
             if not torch.equal(own, other):
                 rows.append(_unlike(what + f" ({_dtype(other)}, not {_dtype(own)})", None if theirs is None else 0.0))
             continue
-        if what.startswith(FORM) or rows and what not in ours:
+        if what.startswith(FORM) or of_another_form and what not in ours:
             continue
         error = _relative(ours[what], truth)
         if theirs is None:
@@ -259,6 +275,8 @@ class _InDouble(TorchFunctionMode):
         wide = [torch.float64 if arg is torch.float32 else arg for arg in args]
         named = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
         return (Tensor.double if func is Tensor.float else func)(*wide, **named)
+
+
 def _unlike(what: str, theirs: float | None) -> Difference:
     return Difference(what, math.inf, theirs, FP32_LIMIT)
 

@@ -12,12 +12,13 @@ import zoo
 from attention_behaviour import Behaviour
 from interpreter import needs_triton, passes_in_the_interpreter
 
+import moepatch
 from moepatch import kinds
 from moepatch.layers import attention_block_backends, norm_backends  # noqa: F401  (they register)
 from moepatch.layers.attention_block import ATTENTION_BLOCK, PatchedAttentionBlock
 from moepatch.layers.norm import NORM
 from moepatch.layers.rope import ROPES, HeadNorm, HeadsSpec, reference_heads
-from moepatch.match.attention_block import match_attention_block
+from moepatch.match.attention_block import _sizes, match_attention_block
 from moepatch.scan import Scan
 from moepatch.site import Site
 from moepatch.surgery import InjectClass, Journal
@@ -317,3 +318,16 @@ if __name__ == "__main__":
 
     let_tensors_bound_loops()
     check_kernels()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(64, 8), (64, 64), (128, 8), (64, 1)])
+def test_heads_that_are_as_many_as_they_are_wide_are_tried_on_a_small_model(heads, kv_heads):
+    width = heads
+    config = transformers.Qwen3Config(
+        hidden_size=80, intermediate_size=96, num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width, vocab_size=64
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen3ForCausalLM(config)
+    (pattern,) = [p for p in moepatch.plan(model).patterns if p.site.kind == "attention_block"]
+    sizes = _sizes(pattern.site.spec)
+    assert sizes[width] == 16 and pattern.site.spec.resized(sizes).heads.heads * 16 == sizes[heads * width]

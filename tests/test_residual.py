@@ -255,3 +255,9 @@ def test_copies_and_pickles(qwen3, fused):
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert isinstance(other, PatchedResidual) and other._moepatch == layer._moepatch
     assert "h + mlp(post_attention_layernorm(h))" in repr(layer)
+
+
+def test_layers_under_gradient_checkpointing_are_taken():
+    model = zoo.build("qwen3_moe").train()
+    model.gradient_checkpointing_enable()
+    assert [p.site.kind for p in moepatch.plan(model).patterns].count("residual") > 0

@@ -117,7 +117,8 @@ def check_wide_step(tokens, experts, top_k, hidden, form, reads=("weights", "log
     assert compare.error(ours["weights"].double(), truth["weights"].double()) < near
     for key, dtype in {"dx": torch.bfloat16, "dweight": options.get("weight_dtype", torch.bfloat16)}.items():
         assert ours[key].dtype == dtype
-        limit = near if dtype == torch.float32 else 1.02 * compare.error(theirs[key].double(), truth[key])
+        own = compare.error(theirs[key].double(), truth[key])
+        limit = max(near, 1.5 * own) if dtype == torch.float32 else 1.02 * own  # scores next to 1 cancel, in the family's fp32 too
         assert compare.error(ours[key].double(), truth[key]) <= limit, key
 
 

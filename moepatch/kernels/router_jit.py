@@ -145,7 +145,7 @@ def gradient_kernel(
     if SCORE == 0:
         out = score * (grad - tl.sum(grad * score, 1)[:, None])
     elif SCORE == 1:
-        out = grad * score * (1 - score)
+        out = grad * score * tl.sigmoid(-wide)  # 1 - score, without what is lost where the score is next to 1
     else:
         out = grad * part
     if ADD:

@@ -70,9 +70,11 @@ class AttentionBlockSpec:
         return (*(f"{name}.weight" for name in self.inputs), *biases, f"{self.output}.weight")
 
     def resized(self, sizes: Mapping[int, int]) -> AttentionBlockSpec:
-        """The same module at another hidden size and head dim; the numbers of heads stay."""
+        """The same module at another hidden size, with other heads."""
         heads = replace(
             self.heads,
+            heads=sizes.get(self.heads.heads, self.heads.heads),
+            kv_heads=sizes.get(self.heads.kv_heads, self.heads.kv_heads),
             head_dim=sizes.get(self.heads.head_dim, self.heads.head_dim),
             value_dim=sizes.get(self.heads.value_dim, self.heads.value_dim),
         )

@@ -302,9 +302,10 @@ def _call(spec: MlpSpec, dtype: torch.dtype, device: torch.device, generator: to
 
 
 def _regimes(spec: MlpSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator):
-    """One token, in a sequence and without."""
-    for words, shape in (("1 token", (1, 1, spec.hidden)), ("1 token in a row of its own", (1, spec.hidden)), ("rows of tokens", (5, spec.hidden))):
-        yield f"with {words}", Call((torch.randn(*shape, generator=generator).to(device=device, dtype=dtype),))
+    """One token, in a sequence and without, and tokens along other axes."""
+    shapes = {"1 token": (1, 1), "1 token in a row of its own": (1,), "rows of tokens": (5,), "3 tokens": (1, 3), "5 sequences": (5, 3), "4 axes": (2, 3, 4)}
+    for words, shape in shapes.items():
+        yield f"with {words}", Call((torch.randn(*shape, spec.hidden, generator=generator).to(device=device, dtype=dtype),))
 
 
 MLP = Kind(

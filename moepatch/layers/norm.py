@@ -159,6 +159,8 @@ def _bench(spec: NormSpec, dtype, device, generator, tokens: int) -> Call:
 def _regimes(spec: NormSpec, dtype, device, generator):
     """One row, long sequences, and rows that hold nothing."""
     yield "with 1 row", _call(spec, (1, spec.width or _ANY_WIDTH), dtype, device, generator)
+    yield "with 3 rows", _call(spec, (1, 3, spec.width or _ANY_WIDTH), dtype, device, generator)
+    yield "with 5 sequences of 3 rows", _call(spec, (5, 3, spec.width or _ANY_WIDTH), dtype, device, generator)
     for tokens in (600, 4200) if spec.width <= 64 else ():
         yield f"with {tokens} rows", _call(spec, (1, tokens, spec.width or _ANY_WIDTH), dtype, device, generator)
     yield "with rows of zeros", _call(spec, (2, 3, spec.width or _ANY_WIDTH), dtype, device, generator).mapped(torch.zeros_like)

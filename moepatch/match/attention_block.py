@@ -194,17 +194,30 @@ def _norms(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> tuple[Head
 
 
 def _sizes(spec: AttentionBlockSpec) -> dict[int, int]:
-    """From the sizes of the module to those of its scale model, which has as many heads. Empty if that is not to be had."""
+    """From the sizes of the module to those of its scale model, which has as many heads where that can be. Empty if it is not to be had."""
     h = spec.heads
     if h.head_dim <= 2 * _SMALL_HEAD:
         return {}
     dims = {h.head_dim: _SMALL_HEAD, h.value_dim: _SMALL_HEAD if h.value_dim == h.head_dim else _SMALL_HEAD // 2}
-    sizes = dict(dims)
-    for count, dim in itertools.product((h.heads, h.kv_heads, 2 * h.heads), dims):
-        if sizes.setdefault(count * dim, count * dims[dim]) != count * dims[dim]:
+    counts = _fewer_heads(h, dims[h.heads]) if h.heads in dims else {h.heads: h.heads, h.kv_heads: h.kv_heads}
+    sizes = {**counts, **dims}
+    if any(sizes[count] != few for count, few in counts.items()):
+        return {}
+    for count, times, dim in itertools.product((h.heads, h.kv_heads), (1, 2), dims):
+        if sizes.setdefault(times * count * dim, times * sizes[count] * dims[dim]) != times * sizes[count] * dims[dim]:
             return {}
     sizes.setdefault(spec.hidden, _SMALL_HIDDEN)
     return sizes
+
+
+def _fewer_heads(h: HeadsSpec, heads: int) -> dict[int, int]:
+    """Counts of heads, of those of keys, and of heads that share one, where there are to be `heads`: as many as they are wide, before and after."""
+    group = h.heads // h.kv_heads
+    for kv_heads in (n for n in (*range(heads // 2, 0, -1), heads) if heads % n == 0):
+        counts = {1: 1, h.heads: heads}
+        if counts.setdefault(h.kv_heads, kv_heads) == kv_heads and counts.setdefault(group, heads // kv_heads) == heads // kv_heads:
+            return counts
+    return {h.heads: h.heads}
 
 
 def _readings(spec: AttentionBlockSpec, norms: tuple[HeadNorm | None, ...], narrow: int) -> Iterator[AttentionBlockSpec]:

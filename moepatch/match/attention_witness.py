@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from .. import trial
 from ..trial import Call
 from .settled import settled
-from .witness import Objection, Witness, counts_of_tokens, moved, scaled
+from .witness import Objection, Witness, counts_of_tokens, moved, repeated, scaled, strided
 
 _POINTWISE = "moepatch_pointwise"
 #: Longer sequences have no mask, which would be as large as the square of the length.
@@ -64,10 +64,13 @@ def _calls(module: nn.Module, call: Call, sequence: int) -> Iterator[tuple[str, 
     for factor in (30.0, 1e-3):
         yield f"with inputs × {factor:g}", scaled(call, factor), False
     yield "with inputs that have a mean", moved(call), False
+    yield "with an input that is laid out otherwise", strided(call), False
     counts = counts_of_tokens(module, 4200)
     for length in counts:
         yield f"with sequences of {length} token{'s' if length > 1 else ''}", _of_length(call, sequence, length), length in (1, counts[-1])
-    yield "with 1 token", _first_sequence(_of_length(call, sequence, 1)), True
+    yield "with 1 token", repeated(_of_length(call, sequence, 1), 1), True
+    yield "with 1 sequence of 3 tokens", repeated(_of_length(call, sequence, 3), 1), False
+    yield "with 5 sequences", repeated(call, 5), True
 
 
 def _of_length(call: Call, sequence: int, length: int) -> Call:
@@ -85,11 +88,4 @@ def _of_length(call: Call, sequence: int, length: int) -> Call:
         return leaf * (1 + 0.1 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)))
 
     args, kwargs = tree_map(resized, (call.args, dict(call.kwargs)))
-    return Call(args, kwargs, call.constants)
-
-
-def _first_sequence(call: Call) -> Call:
-    """The call with the first sequence alone. Tokens tell how many there are; tables may be the same for all."""
-    batch = call.leaves()[0].shape[0]
-    args, kwargs = tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.shape[0] == batch else t, (call.args, dict(call.kwargs)))
     return Call(args, kwargs, call.constants)

@@ -19,7 +19,7 @@ from ..kinds import KINDS
 from ..layout.experts import ExpertsLayout
 from ..replica import random_fill, replica
 from .settled import settled
-from .witness import Objection, Witness, regimes
+from .witness import Objection, Witness, regimes, words_of
 
 #: Numbers of a tensor that are compared one by one.
 _FEW = 4096
@@ -44,7 +44,7 @@ def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | N
             ours = trial.run(witness.twin, call, hidden=True)
         except Exception as error:  # a family's code may fail in any way on a layout that is not its own
             return f"a scale model of it cannot be run ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        reason = words(trial.differences(theirs, ours))
+        reason = words_of(trial.differences(theirs, ours))
         if reason is not None:
             return reason
         return settled(witness, (kind, made.regimes, made.bench, scaled), call, lambda: regimes(made, scaled, call, witness.original, generator))
@@ -68,19 +68,6 @@ def _witness(module: nn.Module, kind: Kind, spec, sizes: dict[int, int], generat
     twin = replica(original, {}, lambda tensor, shape: tensor.detach().clone())
     trial.inject(twin, kind.injections(spec.resized(sizes), "reference", None))
     return Witness(original, twin, trial.eager_forward(original))
-
-
-def words(rows: list[trial.Difference]) -> str | None:
-    """The worst of the rows that are not within their limits, as the end of a sentence; None if all are."""
-    worst = max(rows, key=lambda d: (d.what.endswith(trial.UNASKED) and not d.ok, math.inf if math.isnan(d.ours) else d.ours))
-    if worst.ok:
-        return None
-    if worst.what.endswith(trial.UNASKED):
-        name = worst.what.removesuffix(trial.UNASKED).removeprefix("grad ")
-        return f"its backward adds a loss of its own (the gradient of {name} is not 0{trial.UNASKED})"
-    if worst.what.startswith(trial.FORM):
-        return f"it {worst.what}"
-    return worst.what if math.isinf(worst.ours) and worst.what.startswith(trial.DTYPE) else f"{worst.what} differs by {worst.ours:.1e} relative"
 
 
 def is_shape(reason: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Operators that bend at numbers: from the names of the arguments that say where, or the numbers themselves.
@@ -32,6 +33,8 @@ _STEPS = frozenset(
     "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine quantize_per_tensor".split()
 )
 _ITEM = "_local_scalar_dense"
+#: The same for many numbers at once, which torch does without dispatching an operator.
+_READS = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.__array__: "numpy"}
 #: torch notes once for all threads whether one of them is in such a mode; threads that overlap would leave the note wrong for ever.
 _ONE_AT_A_TIME = threading.RLock()
 #: Of many small numbers, one that is 0 instead changes no result by more than rounding does.
@@ -50,7 +53,7 @@ class Key(NamedTuple):
     at: float | str | None
 
     def __str__(self) -> str:
-        return f"aten.{self.op}" + ("" if self.at is None else f" at {self.at:g}" if isinstance(self.at, float) else f" {self.at}")
+        return f"{'Tensor' if self.op in _READS.values() else 'aten'}.{self.op}" + ("" if self.at is None else f" at {self.at:g}" if isinstance(self.at, float) else f" {self.at}")
 
 
 @dataclass
@@ -90,14 +93,17 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.sites: dict[Key, Sides] = {}
         self.trace: list[tuple] = []
+        self._reads = _Reads(self.sites)
 
     def __enter__(self):
         _ONE_AT_A_TIME.acquire()
+        self._reads.__enter__()
         return super().__enter__()
 
     def __exit__(self, *raised):
         try:
-            return super().__exit__(*raised)
+            super().__exit__(*raised)
+            self._reads.__exit__(*raised)
         finally:
             _ONE_AT_A_TIME.release()
 
@@ -114,6 +120,19 @@ class Recorder(TorchDispatchMode):
         for key, sides in _seen(op, func, given, args, kwargs, result):
             self.sites.setdefault(key, Sides()).add(sides)
         return result
+
+
+class _Reads(TorchFunctionMode):
+    """Sees numbers that are handed to Python without an operator."""
+
+    def __init__(self, sites: dict[Key, Sides]):
+        super().__init__()
+        self.sites = sites
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _READS and args[0].is_floating_point():
+            self.sites.setdefault(Key(_READS[func], None), Sides()).add(Sides(*(False, False), *_range(args[0].detach())))
+        return func(*args, **(kwargs or {}))
 
 
 _WATCHED = frozenset(_BOUNDS) | _ORDER | _TESTS | _EITHER | _STEPS | {_ITEM}
@@ -179,4 +198,4 @@ def _range(x: Tensor) -> tuple[float, float]:
 
 def is_step(key: Key) -> bool:
     """Whether no two numbers are enough to see what an operator does."""
-    return key.op in _STEPS or key.op in (_ITEM, "div")
+    return key.op in _STEPS or key.op in (_ITEM, "div", *_READS.values())

@@ -26,14 +26,14 @@ from ..site import Left, Refusal, Site
 from ..surgery import MadeClasses, original_class
 from .experts import left, make_site
 from .norm import read_norm
-from .probe import fingerprint, words
+from .probe import fingerprint
 from .settled import settled
-from .witness import Witness, moved, scaled
+from .witness import Witness, moved, scaled, strided, words_of
 
 _POSING = MadeClasses()
 _SHAPE = (3, 4)  # no branch can be unpacked into two by mistake
 #: Other sequences, as long as limits of length may be.
-_SHAPES = ((1, 1), (1, 2), (2, 48), (1, 600), (1, 4200))
+_SHAPES = ((1, 1), (1, 2), (1, 3), (5, 5), (2, 48), (1, 600), (1, 4200))
 #: The width at which wide layers are tried.
 _NARROW = 16
 #: What a child may return, see `layers.residual.form_of_branch`; the first ones are tried on all children at once.
@@ -134,6 +134,8 @@ def _stand_in(layer: nn.Module, norms: dict[str, NormSpec], form: dict[str, str]
             copy._modules[name] = _Child(name, forms[name], width, written)
             copy._modules[name].__class__ = _posing_as(original_class(child))
     copy.training = True  # dropout counts
+    if "gradient_checkpointing" in vars(copy):  # it stands around the forward, and acts on keywords that are tried here
+        copy.gradient_checkpointing = False
     return copy
 
 
@@ -315,7 +317,7 @@ def _disagreement(layer, norms, forms, spec: ResidualSpec, everything: dict[str,
             ours = trial.run(twin, call, hidden=arguments is everything)
         except Exception as error:  # it does more with its arguments than pass them on
             return f"it does more with its arguments than pass them on ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        reason = words(trial.differences(theirs, ours))
+        reason = words_of(trial.differences(theirs, ours))
         if reason is not None:
             return f"it computes something else than h + {spec.branches[0].child}({spec.branches[0].norm}(h)): {reason}"
         if len(written) != len(rewritten) or not all(map(_same_call, written, rewritten)):
@@ -330,6 +332,7 @@ def _calls(norms: dict[str, NormSpec], arguments: dict[str, Any]) -> Iterator[tu
     for factor in (30.0, 1e-3, 1e5):
         yield f"with inputs × {factor:g}", scaled(ordinary, factor), False
     yield "with inputs that have a mean", moved(ordinary), False
+    yield "with an input that is laid out otherwise", strided(ordinary), False
     for shape in _SHAPES:
         yield f"with {shape[0] * shape[1]} token{'s' if shape[1] > 1 else ''}", _call(norms, arguments, shape), shape in (_SHAPES[0], _SHAPES[-1])
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..trial import Call
-from .witness import Objection, Witness, functions_of
+from .witness import Objection, Witness, called_by, functions_of
 
 _KEPT = 256
 _VERDICTS: OrderedDict[tuple, Objection | None] = OrderedDict()
@@ -69,18 +69,12 @@ def _identity(module: nn.Module) -> tuple | None:
         if found is None:
             return None
         attributes.append((name, found))
-    functions = tuple(function for part in functions_of(module) for function in (part, *_called_by(part)))
+    functions = tuple(function for part in functions_of(module) for function in (part, part.__code__, *called_by(part)))
     children = tuple((name, None if child is None else _identity(child)) for name, child in module._modules.items())
     if any(child is None for name, child in children if module._modules[name] is not None):
         return None
     shapes = tuple((name, None if t is None else (tuple(t.shape), t.dtype)) for ts in (module._parameters, module._buffers) for name, t in ts.items())
     return type(module), functions, tuple(attributes), shapes, children
-
-
-def _called_by(function: FunctionType) -> tuple:
-    """The functions of its module that a function names."""
-    named = (function.__globals__.get(name) for name in function.__code__.co_names)
-    return (function.__code__, *(value for value in named if isinstance(value, FunctionType)))
 
 
 def _value(value: Any, depth: int) -> tuple | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 #: Not state: what nn.Module keeps for itself, and what trials write down.
 _OWN = frozenset(("_parameters", "_buffers", "_modules", "training"))
 _PLAIN = (bool, int, float, str, bytes, type(None))
-_RANDOM = "torch's random state"
+_RANDOM, _RANDOM_TOO = "torch's random state", "Python's random state"
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
-    """Every attribute, parameter and buffer of a module and its children by name, and the state of torch's random numbers."""
-    found: dict[str, Any] = {_RANDOM: torch.get_rng_state()}
+    """Every attribute, parameter and buffer of a module and its children by name, and the states of random numbers."""
+    found: dict[str, Any] = {_RANDOM: torch.get_rng_state(), _RANDOM_TOO: hash(random.getstate())}
     for name, part in module.named_modules():
         prefix = f"{name}." if name else ""
         for key, value in vars(part).items():
@@ -38,7 +39,7 @@ def unlike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
     for key in (*theirs, *(key for key in ours if key not in theirs)):
         if key in theirs and key in ours and same(theirs[key], ours[key], close=True):
             continue
-        if key == _RANDOM:
+        if key in (_RANDOM, _RANDOM_TOO):
             return "its forward draws random numbers"
         return f"its forward changes {key}" if key in theirs else f"its forward would change {key} when it is patched"
     return None

@@ -11,7 +11,6 @@ them there, too.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import math
@@ -28,16 +27,19 @@ from .. import trial
 from ..kind import Kind
 from ..surgery import original_class
 from ..trial import Call
+from .circumstances import branch_objection, graded_objection, in_dtype
 from .recorder import Key, Recorder, Sides, is_step
 from .state import changes, state_of, unlike
 
 #: How many tokens are tried. Limits of capacity and branches on the length lie between two of them, or the code names them.
-_TOKENS = (1, 2, 7, 48, 600, 4200)
+_TOKENS = (1, 2, 3, 4, 5, 6, 7, 48, 600, 4200)
 _FACTORS = (30.0, 1e-3)
 #: Numbers in the code above this one may be counts of tokens.
 _LEAST = 7
 #: The largest input, in numbers.
 _MOST_NUMBERS = 2**20
+#: The most that a call may cost, in multiplications by weights: few modules cannot be tried at a smaller size.
+_MOST_WORK = 2**32
 #: By which inputs and weights are multiplied, one at a time, in search of the other side of a threshold.
 _REACH = (10.0, -1.0, 1e-2, 1e3, 1e-5, 1e5, 0.0, 1e-9, -1e3)
 #: Two runs in fp64 that differ by more than this compute different things.
@@ -77,7 +79,15 @@ class Witness:
                 reason = self.unlike(call, training)
                 if reason is not None:
                     return Objection(f"{what}{' ' if what else ''}in {'training' if training else 'evaluation'} {reason}{self._likely()}")
-        return self._thresholds(ordinary)
+        return self._thresholds(ordinary) or self._otherwise(ordinary)
+
+    def _otherwise(self, call: Call) -> Objection | None:
+        """What is different under other circumstances."""
+        pair = (self.original, self.forward), (self.twin, type(self.twin).forward)
+        with torch.inference_mode():
+            reason = self.unlike(call, False)
+        reason = f"in inference mode {reason}" if reason is not None else graded_objection(*pair, call, words_of) or branch_objection(*pair[0], call)
+        return None if reason is None else Objection(reason)
 
     def _likely(self) -> str:
         """The thresholds that only the family's code has, in words."""
@@ -192,6 +202,26 @@ def moved(call: Call) -> Call:
     return call.mapped(lambda t: t + 3 if t is target else t)
 
 
+def repeated(call: Call, sequences: int) -> Call:
+    """The call with another number of sequences, every one a little different. Tokens tell how many there are; tables may be the same for all."""
+    batch, generator = call.leaves()[0].shape[0], torch.Generator().manual_seed(0)
+
+    def more(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim < 2 or leaf.shape[0] != batch:
+            return leaf
+        leaf = leaf.index_select(0, torch.arange(sequences) % batch)
+        return leaf * (1 + 0.1 * torch.randn(leaf.shape, generator=generator)) if leaf.is_floating_point() else leaf
+
+    args, kwargs = tree_map(more, (call.args, dict(call.kwargs)))
+    return Call(args, kwargs, call.constants)
+
+
+def strided(call: Call) -> Call:
+    """The call with the numbers of the first floating input in another order in memory."""
+    target = call.leaves()[0]
+    return call.mapped(lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t is target else t)
+
+
 def regimes(kind: Kind, spec: Any, call: Call, module: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, Call, bool]]:
     """Calls of every kind for `Witness.objection`, the ordinary one first."""
     device = torch.device("cpu")
@@ -202,6 +232,9 @@ def regimes(kind: Kind, spec: Any, call: Call, module: nn.Module, generator: tor
         yield f"with inputs × {factor:g}", scaled(call, factor), False
     if call.leaves():
         yield "with inputs that have a mean", moved(call), False
+        yield "with an input that is laid out otherwise", strided(call), False
+    if call.leaves() and call.leaves()[0].ndim > 2:
+        yield "with 5 sequences", repeated(call, 5), True
     if kind.bench is not None:
         per_token = max(leaf.numel() for leaf in kind.bench(spec, torch.float32, device, generator, 2).leaves()) // 2
         counts = counts_of_tokens(module, min(kind.most_tokens, _MOST_NUMBERS // per_token))
@@ -211,12 +244,14 @@ def regimes(kind: Kind, spec: Any, call: Call, module: nn.Module, generator: tor
 
 
 def counts_of_tokens(module: nn.Module, most: int) -> list[int]:
-    """Few and many, and those that the code or the attributes of a module may mean, and one more of each; none above `most`."""
+    """Few and many, and those that the code or the attributes of a module may mean, and one more of each; none above `most` or too costly."""
+    most = min(most, _MOST_WORK // max(1, sum(p.numel() for p in module.parameters())))
     found: set[int] = set()
     for part in module.modules():
         # Smaller attributes are widths, as a rule, and the usual counts of tokens lie around them.
         found |= {value for value in vars(part).values() if type(value) is int and value > _TOKENS[-2]}
-        found |= {number for function in functions_of(part) for number in _constants(function.__code__) if number > _LEAST}
+        functions = [called for function in functions_of(part) for called in (function, *called_by(function))]
+        found |= {number for function in functions for number in _constants(function.__code__) if number > _LEAST}
     large = sorted(number for number in found if number < most)
     return sorted({tokens for tokens in _TOKENS if tokens <= most} | {n for number in large[:8] for n in (number, number + 1)})
 
@@ -228,6 +263,12 @@ def functions_of(module: nn.Module) -> Iterator[FunctionType]:
             break
         if not cls.__module__.startswith("torch."):
             yield from (value for value in map(_unwrapped, vars(cls).values()) if isinstance(value, FunctionType))
+
+
+def called_by(function: FunctionType) -> Iterator[FunctionType]:
+    """The functions of its module that a function names."""
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    yield from (value for value in named if isinstance(value, FunctionType))
 
 
 def _unwrapped(value: Any) -> Any:
@@ -309,7 +350,7 @@ def _is_rounding(theirs: tuple, ours: tuple, call: Call, error: float) -> bool:
     """Whether fp64 brings together what fp32 has apart. Parts that every module computes in fp32 go on rounding, but less counts."""
     wide = call.mapped(lambda t: t.double())
     try:
-        outcomes = [_called(copy.deepcopy(module).double(), forward, wide, {}) for module, forward in (theirs, ours)]
+        outcomes = [_called(in_dtype(module, torch.float64), forward, wide, {}) for module, forward in (theirs, ours)]
     except Exception:  # then there is nothing that speaks for it
         return False
     if _difference(*outcomes)[0] is not None:
@@ -322,6 +363,21 @@ def _is_same(theirs: Sides, ours: Sides | None) -> bool:
     if ours is None:
         return False
     return all(a == b or abs(a - b) <= 1e-3 * max(abs(a), abs(b)) for a, b in ((theirs.low, ours.low), (theirs.high, ours.high)))
+
+
+def words_of(rows: list[trial.Difference]) -> str | None:
+    """The worst of the rows that are not within their limits, as the end of a sentence; None if all are."""
+    worst = max(rows, key=lambda d: (d.what.endswith(trial.UNASKED) and not d.ok, math.inf if math.isnan(d.ours) else d.ours))
+    if worst.ok:
+        return None
+    if worst.what.endswith(trial.UNASKED):
+        name = worst.what.removesuffix(trial.UNASKED).removeprefix("grad ")
+        return f"its backward adds a loss of its own (the gradient of {name} is not 0{trial.UNASKED})"
+    if worst.what.startswith(trial.FORM):
+        return f"it {worst.what}"
+    if worst.what.startswith(trial.WRITTEN):
+        return f"it changes its {worst.what.removeprefix('written ')} in place"
+    return worst.what if math.isinf(worst.ours) and worst.what.startswith(trial.DTYPE) else f"{worst.what} differs by {worst.ours:.1e} relative"
 
 
 def _words(key: Key, sides: Sides) -> str:

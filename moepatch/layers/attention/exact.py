@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...autocast import autocast_dtype
+from ...needs import BF16_FP16
 from .masks import Mask
 from .spec import CAUSAL, FULL
 
@@ -30,15 +32,29 @@ def sdpa_attention(q_BHSD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask: Tensor 
         else:
             k_BGKD, v_BGKD = repeat_heads(k_BGKD, groups), repeat_heads(v_BGKD, groups)
     causal = causal and mask is None and length > 1
-    seeing = None
-    if mask is not None and mask.dtype == torch.bool and q_BHSD.is_cuda and length > 1:
-        # cuDNN, where torch picks it, gives NaN as the gradient of a query that sees no key: such a query sees all, and its result is dropped.
-        seeing = mask.any(-1, keepdim=True)
-        mask = mask | ~seeing
-    out = F.scaled_dot_product_attention(q_BHSD, k_BGKD, v_BGKD, mask, dropout, causal, scale=scale, enable_gqa=native)
-    if seeing is not None:
-        out = out.masked_fill(~seeing, 0)
+    if mask is not None and _wants_efficient(q_BHSD, v_BGKD, mask):
+        out = _efficient(q_BHSD, k_BGKD, v_BGKD, mask, dropout, scale)
+    else:
+        out = F.scaled_dot_product_attention(q_BHSD, k_BGKD, v_BGKD, mask, dropout, causal, scale=scale, enable_gqa=native)
     return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous()
+
+
+def _wants_efficient(q: Tensor, v: Tensor, mask: Tensor) -> bool:
+    """Whether torch would give a masked call to cuDNN, as on Hopper from cuDNN 9.15 on: its gradients were NaN for queries without keys, and others wrong."""
+    low = q.is_cuda and q.dtype in BF16_FP16 and torch.version.hip is None and autocast_dtype(q.device) is None
+    return low and mask.dtype == torch.bool and q.shape[2] > 1 and q.shape[-1] % 8 == v.shape[-1] % 8 == 0
+
+
+def _efficient(q_BHSD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor, dropout: float, scale: float) -> Tensor:
+    """Torch's memory-efficient attention by its own operator, ``[B, H, S, Dv]``; a choice by `torch.nn.attention.sdpa_kernel` is one for all threads."""
+    seeing = mask.any(-1, keepdim=True)
+    keys = mask.shape[-1]
+    # Rows of the bias lie as far apart as its loads want. A query that sees no key sees all, and its result is dropped.
+    bias = q_BHSD.new_zeros(*mask.shape[:-1], -(-keys // 8) * 8)[..., :keys].masked_fill_(~mask & seeing, float("-inf"))
+    bias = bias.expand(*q_BHSD.shape[:3], keys)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BHSD, k_BHKD, v_BHKD))
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(q_BHSD, k_BHKD, v_BHKD, bias, wanted, dropout, False, scale=scale)[0]
+    return out.masked_fill(~seeing, 0)
 
 
 def plain_attention(
