@@ -89,7 +89,7 @@ class Results(dict):
     """What a trial gave, by name. A name that it does not have stands for something that is equal to nothing."""
 
     def __missing__(self, what: str) -> Tensor:
-        return torch.tensor(math.nan)
+        return torch.tensor(math.nan, dtype=torch.float32)
 
 
 def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = None, seed: int = 0, hidden: bool = False) -> dict[str, Tensor]:
@@ -110,7 +110,9 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
     leaves = {f"grad input {i}": leaf for i, leaf in enumerate(call.leaves())}
     leaves |= {f"grad {name}": p for name, p in module.named_parameters() if p.requires_grad}
     with torch.enable_grad(), torch_formulas(module, forward) as forward:
-        returned = forward(module, *call.args, **call.kwargs)
+        # As in a model, what comes in was computed; hooks on all modules may ask autograd for the node that did.
+        given = call.mapped(lambda tensor: tensor.view_as(tensor) if tensor.requires_grad else tensor)
+        returned = forward(module, *given.args, **given.kwargs)
         result = returned_tensors(returned)
         outputs = [o for o in result.values() if o.requires_grad]
         generator = torch.Generator().manual_seed(seed)
@@ -119,9 +121,9 @@ def run(module: nn.Module, call: Call, *, forward: Callable[..., Any] | None = N
             grads = _gradients(outputs, [torch.zeros_like(o) for o in outputs], leaves, retain=True)
             result |= {name + UNASKED: g for name, g in grads.items()}
         result |= _gradients(outputs, cotangents, leaves)
-    dtypes = {DTYPE + name: torch.tensor([_DTYPES.index(o.dtype)]) for name, o in result.items() if name.startswith("output")}
+    dtypes = {DTYPE + name: torch.tensor([_DTYPES.index(o.dtype)], dtype=torch.int64) for name, o in result.items() if name.startswith("output")}
     wide = {name: t.detach().to("cpu", _wide(t.dtype)) for name, t in {**result, **dtypes}.items()}
-    return Results({FORM + form_of(returned): torch.ones(1), **wide})
+    return Results({FORM + form_of(returned): torch.ones(1, dtype=torch.float32), **wide})
 
 
 def _gradients(outputs: list[Tensor], cotangents: list[Tensor], leaves: Mapping[str, Tensor], retain: bool = False) -> dict[str, Tensor]:
@@ -281,7 +283,7 @@ def inject(module: nn.Module, injections: Mapping[str, tuple[type[Patched], obje
 
 def _cotangent(output: Tensor, generator: torch.Generator) -> Tensor:
     # Backends that have a loss's gradients before its cotangent would round them twice for any other number.
-    return torch.ones_like(output) if output.numel() == 1 else torch.randn(output.shape, generator=generator).to(output)
+    return torch.ones_like(output) if output.numel() == 1 else torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -275,7 +275,7 @@ class ResidualSums(nn.Module):
 
 def _call(spec: ResidualSpec, dtype, device, generator, tokens: int) -> Call:
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, spec.width, generator=generator).to(device=device, dtype=dtype)
+        return torch.randn(*shape, spec.width, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
 
     return Call((random(1, tokens), *(random() for _ in range(2 * len(spec.branches)))))
 

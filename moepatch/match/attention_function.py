@@ -53,7 +53,7 @@ def match_attention_function(found: Found, scan: Scan, memo: dict) -> Site | Non
         class_name=type(found.module).__name__,
         spec=AttentionUse(tuple(Counter(_spec(module) for module in group.members).items())),
         now=group.owner.config._attn_implementation or "eager",
-        dtype=str(torch.get_default_dtype() if parameter is None else parameter.dtype).removeprefix("torch."),
+        dtype="float32" if parameter is None else str(parameter.dtype).removeprefix("torch."),
         device="cpu" if parameter is None else str(parameter.device),
     )
 

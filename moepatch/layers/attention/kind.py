@@ -95,7 +95,7 @@ def _arguments(window, batch: int, length: int, device: torch.device) -> dict[st
 
 def _call(use: AttentionUse, dtype: torch.dtype, device: torch.device, generator: torch.Generator, batch: int, length: int) -> Call:
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
 
     inputs = []
     for form, _ in use.forms:
