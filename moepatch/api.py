@@ -121,7 +121,10 @@ def optimize(
     accept(chosen)
     moved = None if mesh is None else choose_dispatch(chosen, mesh, dispatch)
 
-    def record(done: Done) -> None:
+    def record(done: Done | None) -> None:
+        if done is None:
+            model.__dict__.pop("_moepatch_patch", None)
+            return
         made = Report(done.plan, done.verified, _notes(done, verify, moved, alone), seconds, tuple(layer_graphs(done.journal.steps)))
         model.__dict__["_moepatch_patch"] = _Patch(made, done.journal, mesh)
 

@@ -54,7 +54,7 @@ def carry_out(
     fsdp: bool,
     compile: str | None,
     seconds: dict[str, float],
-    record: Callable[[Done], None],
+    record: Callable[[Done | None], None],
     accept: Callable[[Plan], None] = lambda plan: None,
 ) -> None:
     """Patches, verifies, moves weights, shards and compiles. Whatever is raised, the model is as it was.
@@ -62,7 +62,7 @@ def carry_out(
     Args:
         verified: whether each pattern is verified.
         seconds: gets how long each part took.
-        record: keeps what was done on the model. Called before anything is let go that the way back needs.
+        record: keeps what was done on the model; with None it keeps nothing. Called before anything is let go that the way back needs.
         accept: is shown the plan once verification has settled it, and may raise.
 
     Raises:
@@ -94,6 +94,7 @@ def carry_out(
         record(Done(journal, made, tuple(one.verified for one in proven if one.verified is not None), notes))
     except BaseException:
         journal.undo()
+        record(None)
         raise
     journal.commit()
 

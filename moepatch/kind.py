@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .replica import unseen
 from .surgery import Patched, Step
 from .trial import Call, inject
 
@@ -73,7 +74,10 @@ class Kind:
             copied: makes the copy.
         """
         if self.stand_in is not None:
-            return self.stand_in(spec, backend or "reference")
+            made = self.stand_in(spec, backend or "reference")
+            for part in made.modules():
+                unseen(part)
+            return made
         copy = copied(module)
         return copy if backend is None else inject(copy, self.injections(spec, backend, None))
 

@@ -30,7 +30,7 @@ _TRIAL_TOKENS = 24
 
 
 def _random(shape, dtype, device, generator) -> Tensor:
-    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
 
 
 def _trial_experts(spec, dtype, device, generator) -> Call:
@@ -46,8 +46,8 @@ def _call_experts(spec, dtype, device, generator, tokens: int, top_k: int) -> Ca
     """Tokens, distinct experts for each of them and positive routing weights."""
     ids = spec.num_experts + spec.identity_experts
     top_k = min(top_k, ids)
-    topk_ids_TK = torch.rand(tokens, ids, generator=generator).topk(top_k).indices.to(device)
-    topk_weights_TK = torch.rand(tokens, top_k, generator=generator).add_(0.1).to(device=device, dtype=dtype)
+    topk_ids_TK = torch.rand(tokens, ids, generator=generator, dtype=torch.float32).topk(top_k).indices.to(device)
+    topk_weights_TK = torch.rand(tokens, top_k, generator=generator, dtype=torch.float32).add_(0.1).to(device=device, dtype=dtype)
     return Call((_random((tokens, spec.hidden), dtype, device, generator), topk_ids_TK, topk_weights_TK))
 
 
@@ -57,7 +57,7 @@ def _regimes_experts(spec, dtype, device, generator):
 
     def call(topk_ids_TK: Tensor, scale: float = 1.0) -> Call:
         tokens, top_k = topk_ids_TK.shape
-        weights_TK = torch.rand(tokens, top_k, generator=generator).add_(0.1).mul_(scale)
+        weights_TK = torch.rand(tokens, top_k, generator=generator, dtype=torch.float32).add_(0.1).mul_(scale)
         return Call((_random((tokens, spec.hidden), dtype, device, generator), topk_ids_TK.to(device), weights_TK.to(device=device, dtype=dtype)))
 
     top_k = min(3, ids)
@@ -65,7 +65,7 @@ def _regimes_experts(spec, dtype, device, generator):
     yield "with every expert chosen, one for each token", call(in_turn_TK[:, :1])
     yield f"with every expert chosen, {top_k} for each token", call(in_turn_TK)
     for tokens, expert, words in ((300, 0, "the first"), (4200, ids - 1, "the last")):
-        yield f"with {tokens} tokens for {words} expert", call(torch.full((tokens, 1), expert))
+        yield f"with {tokens} tokens for {words} expert", call(torch.full((tokens, 1), expert, dtype=torch.int64))
     for scale in (1e-4, -1.0):
         yield f"with weights × {scale:g}", call(in_turn_TK, scale)
     x_TH, *rest = call(in_turn_TK).args
@@ -93,7 +93,7 @@ def _regimes_parallel_linear(spec, dtype, device, generator):
         ("4200 rows for the last expert", [0] * (experts - 1) + [4200]),
     ):  # fmt: skip
         rows = _random((sum(counts), spec.in_features), dtype, device, generator)
-        yield f"with {words}", Call((rows, counts if spec.counts == "list" else torch.tensor(counts, device=device)))
+        yield f"with {words}", Call((rows, counts if spec.counts == "list" else torch.tensor(counts, device=device, dtype=torch.int64)))
 
 
 def _trial_block(spec, dtype, device, generator):

@@ -1,17 +1,18 @@
 """Where moepatch works: outside of whatever the caller has switched on around the call.
 
-Trials and probes compare numbers, in fp32 and with gradients. Autocast, inference mode, a default device or dtype of the caller's and modes
-that see every operator would change what is compared; none of them is meant for what happens inside `optimize`.
+Trials and probes compare numbers, in fp32 and with gradients. Autocast, inference mode, a default device of the caller's and modes that see
+every operator or function would change what is compared; none of them is meant for what happens inside `optimize`. All of these are settings
+of a thread. The default dtype is one for all threads, so it is left as it is, and whoever makes a tensor here says of which dtype.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import overrides
 from torch.utils import _python_dispatch as dispatch
 
 from .errors import MoePatchError
@@ -24,7 +25,7 @@ _AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """While this is entered, torch computes as in a fresh process: no autocast, gradients, tensors in fp32 on the CPU, no modes.
+    """While this is entered, torch computes as in a fresh process, in this thread: no autocast, gradients, tensors on the CPU, no modes.
 
     Everything is as it was afterwards.
 
@@ -34,6 +35,7 @@ def plainly() -> Iterator[None]:
     _check_outside()
     with ExitStack() as stack:
         stack.enter_context(dispatch._disable_current_modes())  # FakeTensorMode, make_fx, counters of operators
+        stack.enter_context(_no_function_modes())
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -42,8 +44,18 @@ def plainly() -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device() != torch.device("cpu"):
             stack.enter_context(torch.device("cpu"))
-        stack.enter_context(_DEFAULT_DTYPE)
         yield
+
+
+@contextmanager
+def _no_function_modes() -> Iterator[None]:
+    """While this is entered, no mode sees the functions of torch that are called; a default device is one of them."""
+    modes = [overrides._pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            overrides._push_mode(mode)
 
 
 def runs_plainly(function: F) -> F:
@@ -59,27 +71,3 @@ def _check_outside() -> None:
     )  # fmt: skip
     if inside is not None:
         raise MoePatchError(f"moepatch was called inside {inside}. Nothing was changed. Call it before, on the plain model.")
-
-
-class _DefaultDtype:
-    """fp32 as torch's default dtype. That is one for all threads: the first that enters sets it, the last that leaves puts it back."""
-
-    def __init__(self):
-        self.lock, self.inside, self.before = threading.Lock(), 0, torch.float32
-
-    def __enter__(self):
-        with self.lock:
-            if not self.inside:
-                self.before = torch.get_default_dtype()
-            self.inside += 1
-            if torch.get_default_dtype() != torch.float32:
-                torch.set_default_dtype(torch.float32)
-
-    def __exit__(self, *exc):
-        with self.lock:
-            self.inside -= 1
-            if not self.inside and self.before != torch.float32:
-                torch.set_default_dtype(self.before)
-
-
-_DEFAULT_DTYPE = _DefaultDtype()

@@ -43,19 +43,19 @@ def counted(items: Sequence[T], what: str, named: Callable[[T], str], stream: Te
 class _Line:
     """A timer writes it first, for an item may take minutes by itself; after that each turn does."""
 
-    def __init__(self, count: int, what: str, named: Callable, stream: TextIO):
+    def __init__(self, count: int, what: str, named: Callable, stream: TextIO | None):
         self.count, self.what, self.named, self.stream = count, what, named, stream
         self.at, self.item, self.shown, self.over = 0, None, False, False
         self.lock = threading.Lock()
         self.timer = threading.Timer(PATIENCE, self._show)
         self.timer.daemon = True
-        if count and not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
+        if count and stream is not None and not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
             self.timer.start()
 
     def turns(self, items: Sequence) -> Iterator:
         """The items; the line says which one is at work."""
         for self.at, self.item in enumerate(items, 1):
-            if self.shown and self.stream.isatty():
+            if self.shown and self._on_terminal():
                 self._show()
             yield self.item
 
@@ -64,7 +64,7 @@ class _Line:
         self.timer.cancel()
         with self.lock:
             self.over = True
-            if self.shown and self.stream.isatty():
+            if self.shown and self._on_terminal():
                 self._write("\r\033[K")
 
     def _show(self) -> None:
@@ -72,9 +72,13 @@ class _Line:
             if self.over or not self.at:
                 return
             words = f"moepatch: {self.what}, {self.at} of {self.count}: {self.named(self.item)}"
-            self._write(f"\r\033[K{words}" if self.stream.isatty() else f"{words} …\n")
+            self._write(f"\r\033[K{words}" if self._on_terminal() else f"{words} …\n")
             self.shown = True
 
+    def _on_terminal(self) -> bool:
+        return not getattr(self.stream, "closed", False) and self.stream.isatty()
+
     def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+        with contextlib.suppress(OSError, ValueError):  # whoever reads it has gone: nothing depends on a line
+            self.stream.write(text)
+            self.stream.flush()

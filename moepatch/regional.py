@@ -74,7 +74,7 @@ class CompileLayer:
 
     def undo(self) -> None:
         """The layer runs as it is written."""
-        self.layer._compiled_call_impl = None
+        vars(self.layer).pop("_compiled_call_impl", None)
 
 
 def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor", **options: Any) -> list[CompileLayer]:

@@ -1,21 +1,25 @@
 """Copies of one module at other sizes or with other weights, to try something out without touching the model.
 
-A replica shares the code of its original, but has its own attributes, parameters and buffers, no hooks, and the class that the module had
-before any patch. Sizes are translated by value: every axis of a parameter and every integer attribute that equals a known
+A replica shares the code of its original, but has its own attributes, parameters and buffers, no hooks, not even those that are called for
+every module of the process, and the class that the module had before any patch. Sizes are translated by value: every axis of a parameter and every integer attribute that equals a known
 size of the module (experts, widths, and products of them) becomes the new size. Sizes that coincide stay equal, so the translation is a
 function and a replica is never ambiguous.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from .surgery import original_class
+
 
 def replica(module: nn.Module, sizes: Mapping[int, int], fill: Callable[[Tensor, tuple[int, ...]], Tensor]) -> nn.Module:
     """A copy of `module`.
@@ -28,7 +32,8 @@ def replica(module: nn.Module, sizes: Mapping[int, int], fill: Callable[[Tensor,
     copy = object.__new__(original_class(module))
     plain = {key: value for key, value in module.__dict__.items() if key not in ("_parameters", "_buffers", "_modules")}
     copy.__dict__.update({key: sizes.get(value, value) if type(value) is int else _unshared(value) for key, value in plain.items()})
-    for shadow in ("_moepatch", "forward"):  # a forward on the instance belongs to the original and would act on it
+    # A forward on the instance, or what is called in its place, belongs to the original and would act on it.
+    for shadow in ("_moepatch", "forward", "_compiled_call_impl"):
         copy.__dict__.pop(shadow, None)
     for hooks in [name for name, value in copy.__dict__.items() if "_hooks" in name and isinstance(value, dict)]:
         copy.__dict__[hooks] = OrderedDict()
@@ -41,7 +46,26 @@ def replica(module: nn.Module, sizes: Mapping[int, int], fill: Callable[[Tensor,
     }
     copy._buffers = {name: None if b is None else remade(b) for name, b in module._buffers.items()}
     copy._modules = {name: None if child is None else replica(child, sizes, fill) for name, child in module._modules.items()}
-    return copy
+    return unseen(copy)
+
+
+def unseen(module: nn.Module) -> nn.Module:
+    """The module, which must be nobody else's, out of sight of hooks on all modules of the process; those in it are as they were.
+
+    Such hooks count a step's FLOPs or print what is called. A trial is no part of a step, and they may change what it finds.
+    """
+    if torch_module._has_any_global_hook():
+        module._compiled_call_impl = functools.partial(_call, module)  # what ``module(…)`` asks for first
+    return module
+
+
+def _without_global_hooks(function: FunctionType) -> FunctionType:
+    """A copy of one of torch's functions for which there are no hooks on all modules."""
+    empty = {name: type(value)() for name, value in vars(torch_module).items() if name.startswith("_global_") and isinstance(value, dict)}
+    return FunctionType(function.__code__, {**vars(torch_module), **empty}, function.__name__, function.__defaults__, function.__closure__)
+
+
+_call = _without_global_hooks(nn.Module._call_impl)
 
 
 def _unshared(value: Any) -> Any:

@@ -106,7 +106,7 @@ def balanced_ids(tokens: int, top_k: int, experts: int, seed: int) -> Tensor:
     """
     generator = _generator(seed)
     dealt = math.lcm(top_k, experts)
-    orders = torch.rand(-(-tokens * top_k // dealt), experts, generator=generator).argsort(dim=1)
+    orders = torch.rand(-(-tokens * top_k // dealt), experts, generator=generator, dtype=torch.float32).argsort(dim=1)
     ids_TK = orders[:, torch.arange(dealt) % experts].reshape(-1, top_k)[:tokens]
     return ids_TK[torch.randperm(tokens, generator=generator)]
 
@@ -114,7 +114,7 @@ def balanced_ids(tokens: int, top_k: int, experts: int, seed: int) -> Tensor:
 def hot_ids(tokens: int, top_k: int, logits_E: Tensor, seed: int) -> Tensor:
     """``ids [T, K]``: distinct experts for each token, drawn without replacement with the odds ``exp(logits)``."""
     # The largest of logits plus Gumbel noise are such a draw.
-    noise_TE = -torch.rand(tokens, len(logits_E), generator=_generator(seed)).clamp(min=1e-30).log()
+    noise_TE = -torch.rand(tokens, len(logits_E), generator=_generator(seed), dtype=torch.float32).clamp(min=1e-30).log()
     return (logits_E - noise_TE.clamp(min=1e-30).log()).topk(top_k, dim=1).indices
 
 

@@ -118,16 +118,17 @@ class InjectClass:
 
     def do(self) -> None:
         """Patches."""
-        cls = patched_class(self.mixin, type(self.module))
         self.before = vars(self.module).get("_moepatch")
+        cls = patched_class(self.mixin, type(self.module))
         self.module._moepatch = self.state
         self.module.__class__ = cls
 
     def undo(self) -> None:
         """Puts the class back. Parameters, buffers, hooks and flags were never touched."""
-        self.module.__class__ = _unpatched(type(self.module))
+        if isinstance(self.module, self.mixin):  # a class has a mixin once
+            self.module.__class__ = _unpatched(type(self.module))
         if self.before is None:
-            del self.module._moepatch
+            vars(self.module).pop("_moepatch", None)
         else:
             self.module._moepatch = self.before
 
@@ -155,11 +156,12 @@ class ReplaceState:
 
     def undo(self) -> None:
         """Puts the earlier mixin and state back."""
-        self.module.__class__, self.module._moepatch = self.before
+        if self.before is not None:
+            self.module.__class__, self.module._moepatch = self.before
 
 
 class Step(Protocol):
-    """Something that was done to a model and can be undone."""
+    """Something that was done to a model and can be undone: also where it was broken off half-way, and where it was undone half-way."""
 
     def do(self) -> None: ...
 
@@ -180,9 +182,9 @@ class Journal:
         self.steps: list[Step] = []
 
     def do(self, step: Step) -> None:
-        """Does a step and remembers it. A step that fails half-way is undone by the step itself or did nothing yet."""
-        step.do()
+        """Remembers a step and does it, in this order: it may be broken off anywhere."""
         self.steps.append(step)
+        step.do()
 
     def commit(self) -> None:
         """Lets steps release what only a failure would have needed. After it, undoing a sharded model communicates."""
@@ -193,4 +195,5 @@ class Journal:
     def undo(self, to: int = 0) -> None:
         """Undoes everything, last step first, until so many steps are left."""
         while len(self.steps) > to:
-            self.steps.pop().undo()
+            self.steps[-1].undo()
+            self.steps.pop()

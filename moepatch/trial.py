@@ -91,7 +91,7 @@ class Results(dict):
     """What a trial gave, by name. A name that it does not have stands for something that is equal to nothing."""
 
     def __missing__(self, what: str) -> Tensor:
-        return torch.tensor(math.nan)
+        return torch.tensor(math.nan, dtype=torch.float32)
 
 
 def run(
@@ -119,13 +119,15 @@ def run(
         Every tensor that is returned and every gradient by name, on the CPU in fp32 or wider. A gradient that autograd leaves out is 0. The
         structure of what is returned is one of the names, the dtype of each tensor a number of its own; `differences` knows both.
     """
-    given, call = call.leaves(), call.trainable(inputs)
+    before, call = call.leaves(), call.trainable(inputs)
     leaves = {f"grad input {i}": leaf for i, leaf in enumerate(call.leaves()) if inputs}
     leaves |= {f"grad {name}": p for name, p in module.named_parameters() if p.requires_grad}
     with torch.enable_grad(), torch_formulas(module, forward) as forward:
-        returned = forward(module, *call.args, **call.kwargs)
+        # As in a model, what comes in was computed; hooks on all modules may ask autograd for the node that did.
+        given = call.mapped(lambda tensor: tensor.view_as(tensor) if tensor.requires_grad else tensor)
+        returned = forward(module, *given.args, **given.kwargs)
         result = returned_tensors(returned)
-        written = {f"{WRITTEN}{i}": now for i, (was, now) in enumerate(zip(given, call.leaves(), strict=True)) if not torch.equal(was, now)}
+        written = {f"{WRITTEN}{i}": now for i, (was, now) in enumerate(zip(before, call.leaves(), strict=True)) if not torch.equal(was, now)}
         outputs = [o for o in result.values() if o.requires_grad]
         generator = torch.Generator().manual_seed(seed)
         cotangents = [_cotangent(o, generator) * loud for o in outputs]
@@ -133,9 +135,9 @@ def run(
             grads = _gradients(outputs, [torch.zeros_like(o) for o in outputs], leaves, retain=True)
             result |= {name + UNASKED: g for name, g in grads.items()}
         result |= _gradients(outputs, cotangents, leaves) | written
-    dtypes = {DTYPE + name: torch.tensor([_DTYPES.index(o.dtype)]) for name, o in result.items() if name.startswith("output")}
+    dtypes = {DTYPE + name: torch.tensor([_DTYPES.index(o.dtype)], dtype=torch.int64) for name, o in result.items() if name.startswith("output")}
     wide = {name: t.detach().to("cpu", _wide(t.dtype)) for name, t in {**result, **dtypes}.items()}
-    return Results({FORM + form_of(returned): torch.ones(1), **wide})
+    return Results({FORM + form_of(returned): torch.ones(1, dtype=torch.float32), **wide})
 
 
 def _gradients(outputs: list[Tensor], cotangents: list[Tensor], leaves: Mapping[str, Tensor], retain: bool = False) -> dict[str, Tensor]:
@@ -299,7 +301,7 @@ def inject(module: nn.Module, injections: Mapping[str, tuple[type[Patched], obje
 
 def _cotangent(output: Tensor, generator: torch.Generator) -> Tensor:
     # Backends that have a loss's gradients before its cotangent would round them twice for any other number.
-    return torch.ones_like(output) if output.numel() == 1 else torch.randn(output.shape, generator=generator).to(output)
+    return torch.ones_like(output) if output.numel() == 1 else torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -213,7 +213,7 @@ def _finite_fill(dtype: torch.dtype | None) -> Callable[[Tensor, tuple[int, ...]
         part = slice_fill(tensor.dtype)(tensor, shape)
         if part.is_floating_point():
             finite = torch.isfinite(part)
-            noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(0)).to(part)
+            noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(part)
             scale = part[finite].abs().mean() if finite.any() else 1 / max(1, part.shape[-1] if part.ndim else 1) ** 0.5
             part = torch.where(finite, part, noise * scale)
         return part if dtype is None or not part.is_floating_point() else part.to(dtype)

@@ -143,6 +143,9 @@ def _routed(model: nn.Module, sites: list[Site], refusals: list[Refusal]) -> tup
         kind = KINDS[site.kind]
         if kind.dense:
             continue
+        if kind.widths is None:  # nothing says what its experts are
+            exact = False
+            continue
         spec = kind.computes(site.spec)
         choices = spec.num_experts + vars(spec).get("identity_experts", 0)
         chosen = site_top_k(model, site.fqn, site.spec)

@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
 
 import moepatch
-from moepatch.layers.attention import NAMES, attention_function, attention_mask, register
+from moepatch.layers.attention import CHAINS, attention_function, attention_mask, name_of, register_names
 from moepatch.layers.attention import sink_kernels as kernels
 from moepatch.layers.attention.exact import plain_attention
 from moepatch.layers.attention.kernel import How
@@ -51,7 +51,7 @@ CASES = ["whole", "left padding", "right padding", "packed", "dense mask"]
 @pytest.fixture(autouse=True)
 def twin():
     """The name of the twin, for the time of a test."""
-    register()
+    register_names()
     AttentionInterface.register(TWIN, attention_function("torch", lambda: (attention_twin.TWIN,)))
     AttentionMaskInterface.register(TWIN, attention_mask)
     attention_twin.calls.clear()
@@ -154,10 +154,10 @@ def test_families_compute_what_eager_computes(name, case):
         assert all(how.cu_seqlens is not None for how in attention_twin.calls)
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", CHAINS)
 def test_every_backend_falls_back_where_its_kernels_do_not_serve(backend):
     model = build("gpt_oss")
-    same(model, inputs("left padding", model), NAMES[backend])
+    same(model, inputs("left padding", model), name_of(backend))
 
 
 def test_all_families_that_are_taken_compute_what_they_did():

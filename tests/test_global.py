@@ -27,6 +27,8 @@ PACKAGE = Path(moepatch.__file__).parent
 ALLOWED = re.compile(r"""\['moepatch[_:][^]]*'\] is new|\['?"?moepatch/|^torch\.ops\._dir\[:\]|^torch\.jit\._builtins\._builtin_table\[\d+\] is new""")
 #: What makes tensors, on the default device and in the default dtype of the moment.
 _MAKES = {"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randn", "scalar_tensor", "tensor", "zeros", "cartesian_prod"}
+#: Of these, what makes whole numbers, or has the dtype of what it is given.
+_WHOLE = {"arange", "randint", "cartesian_prod"}
 
 
 @pytest.mark.parametrize("what", ["import", "use", "threads"])
@@ -91,6 +93,18 @@ def test_no_tensor_is_made_at_import(name):
     for node in at_import(tree):
         made = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
         assert not (made and node.func.attr in _MAKES), f"{name}:{node.lineno} makes a tensor when it is imported"
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_tensor_says_its_dtype(name):
+    """The default dtype is the caller's, and one for all threads: nothing here depends on it or sets it."""
+    path = PACKAGE.parent / name.replace(".", "/")
+    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    assert "default_dtype" not in source
+    for node in ast.walk(ast.parse(source)):
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "torch" and called.attr in _MAKES - _WHOLE:
+            assert any(keyword.arg == "dtype" for keyword in node.keywords), f"{name}:{node.lineno} makes a tensor of the default dtype"
 
 
 def test_a_module_and_a_function_never_share_a_public_name():

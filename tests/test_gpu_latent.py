@@ -9,7 +9,7 @@ import transformers
 from test_gpu_attention_block import milliseconds
 from test_latent import SPECS, apart, check_heads, check_selective_checkpointing, check_tables, heads_and_grads, operands, patch
 
-from moepatch.layers.attention import NAMES, register
+from moepatch.layers.attention import name_of, register_names
 from moepatch.layers.attention.function import kernels
 from moepatch.layers.attention.spec import AttentionSpec
 from moepatch.layers.latent_heads import LatentHeads, reference_latent
@@ -101,7 +101,7 @@ def module_run(name, dtype, attention, backend=None, sequence=192):
         for p in model.parameters():
             p.data = (torch.randn(p.shape, generator=generator) * (0.2 if p.ndim == 1 else p.shape[-1] ** -0.5) + (p.ndim == 1)).bfloat16().to(dtype)
     model.cuda().train()
-    register()
+    register_names()
     model.config._attn_implementation = attention
     x = torch.randn(2, sequence, config.hidden_size, generator=generator).bfloat16().to("cuda", dtype)
     cotangent = torch.randn(x.shape, generator=generator).bfloat16().to("cuda", dtype)
@@ -121,8 +121,8 @@ def test_modules_in_bf16(name, attention):
     form = AttentionSpec(heads=8, kv_heads=8, head_dim=192, v_head_dim=128)
     if attention != "torch" and (why := kernels(attention)[0].why_not(form, torch.bfloat16, torch.device("cuda"))) is not None:
         pytest.skip(why)
-    truth, theirs = module_run(name, torch.float32, "sdpa"), module_run(name, torch.bfloat16, NAMES[attention])
-    ours = module_run(name, torch.bfloat16, NAMES[attention], "triton")
+    truth, theirs = module_run(name, torch.float32, "sdpa"), module_run(name, torch.bfloat16, name_of(attention))
+    ours = module_run(name, torch.bfloat16, name_of(attention), "triton")
     assert not {
         key: (e, own) for key, value in truth.items() if (e := compare.error(ours[key], value)) > max(1.5 * (own := compare.error(theirs[key], value)), 1e-5)
     }

@@ -308,3 +308,65 @@ def test_a_kind_of_a_mixture_that_does_not_say_what_its_experts_are(clean):
     assert "own" in {p.site.kind for p in moepatch.report(model).plan.mixture} and str(moepatch.inspect(model))
     for twin in (model, pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(twin(**given).logits, truth, rtol=1e-4, atol=1e-5)
+
+
+ATTENTION = """
+import pickle, sys, torch, zoo
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+import moepatch
+
+called = []
+
+@moepatch.register_backend("attention", "mine", rank=90)
+def load():
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        assert attention_mask is None or type(attention_mask) is torch.Tensor
+        called.append(module)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return attend
+
+"""
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_a_backend_for_attention_from_outside(family, tmp_path):
+    """Where it computes the same it is taken, and the model can be unpickled elsewhere; where it does not (sinks) the next one is."""
+    patched = f"""
+model = zoo.build({family!r})
+given = zoo.inputs({family!r}, model)
+given["attention_mask"] = torch.ones_like(given["input_ids"]); given["attention_mask"][0, :4] = 0
+truth = model(**given).logits
+moepatch.optimize(model, measure=False)
+pickle.dump((model, given, truth), open({str(tmp_path / "model")!r}, "wb"))
+now = [p.backend for p in moepatch.report(model).plan.patterns if p.site.kind == "attention_function"]
+assert now == ["torch" if {family!r} == "gpt_oss" else "mine"], moepatch.report(model).notes
+"""
+    used = f"""
+model, given, truth = pickle.load(open({str(tmp_path / "model")!r}, "rb"))
+called.clear()
+torch.testing.assert_close(model(**given).logits, truth, rtol=1e-4, atol=1e-5)
+assert bool(called) == ({family!r} != "gpt_oss")
+torch.testing.assert_close(moepatch.restore(model)(**given).logits, truth, rtol=1e-4, atol=1e-5)
+"""
+    for code in (ATTENTION + patched, ATTENTION + used):
+        done = run(code=code)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_backend_for_residual_sums_from_outside(clean):
+    """It needs no norm of its own."""
+    used = []
+
+    @moepatch.register_backend("residual", "mine", rank=90)
+    def load():
+        ops = registry.compute("residual", "reference")
+        return ops._replace(add=lambda *args: used.append(args) or ops.add(*args))
+
+    model = zoo.build("qwen3_moe")
+    given = zoo.inputs("qwen3_moe", model)
+    truth = model(**given).logits
+    moepatch.optimize(model, measure=False)
+    assert {p.backend for p in moepatch.report(model).plan.patterns if p.site.kind == "residual"} == {"mine"}
+    used.clear()
+    torch.testing.assert_close(model(**given).logits, truth, rtol=1e-4, atol=1e-5)
+    assert used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 
 import pytest
@@ -48,3 +49,15 @@ def test_an_error_ends_it(monkeypatch):
             1 / item
     time.sleep(0.2)
     assert caught and stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("gone", ["none", "closed"])
+def test_a_stream_that_is_gone_stops_nothing(gone, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", None if gone == "none" else stream)
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+    with progress.counted(range(3), "doing", str) as turns:
+        for item in turns:
+            time.sleep(0.1)
+            stream.close()
+    assert item == 2

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import random
 import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,8 +19,11 @@ from listed import Block, Listed
 from ranks import on_ranks
 from torch.nn import functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook, register_module_full_backward_hook
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 import moepatch
 from moepatch import api, planning, registry, trial
@@ -537,6 +543,31 @@ class Watches(TorchDispatchMode):
         raise AssertionError(f"{func} was seen")
 
 
+class WatchesFunctions(TorchFunctionMode):
+    """The same one level higher: whatever makes a tensor is seen."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.randn, torch.rand, torch.empty, torch.zeros, torch.ones, torch.cat), f"{func} was seen"
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def hooks_on_all_modules():
+    """Counters of FLOPs and printers of names have them. Activations that a family makes within a call are seen, and no harm is done."""
+
+    def seen(module, *args):
+        assert not list(module.parameters()), f"{type(module).__name__} was seen"
+
+    with register_module_forward_pre_hook(seen), register_module_forward_hook(seen), register_module_full_backward_hook(seen):
+        yield
+
+
+@contextlib.contextmanager
+def many():
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.no_grad(), FakeTensorMode(), torch.inference_mode(), default_dtype(torch.bfloat16):
+        yield
+
+
 CONTEXTS = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast of CUDA": lambda: torch.autocast("cuda", torch.bfloat16),
@@ -551,7 +582,16 @@ CONTEXTS = {
     "deterministic": deterministic,
     "saved tensors": lambda: torch.autograd.graph.save_on_cpu(),
     "a mode that sees operators": lambda: Watches(),
+    "a mode that sees functions": lambda: WatchesFunctions(),
+    "FLOPs": lambda: FlopCounterMode(display=False),
+    "hooks on all modules": hooks_on_all_modules,
+    "many at once": many,
 }
+
+
+def _switched_on() -> tuple:
+    modes = [*map(id, _get_current_function_mode_stack()), *map(id, _get_current_dispatch_mode_stack())]
+    return torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), modes
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -562,21 +602,21 @@ def test_contexts(context, family):
         pytest.skip(zoo.available(family))
     model = zoo.build(family)
     usual = [(p.name, p.backend, p.fqns) for p in moepatch.plan(model).patterns]
-    state = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    state = _switched_on()
     with CONTEXTS[context]():
-        inside = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        inside = _switched_on()
         planned = moepatch.plan(model)
         seen = moepatch.inspect(model)
         assert moepatch.optimize(model) is model
         moepatch.restore(model)
         moepatch.optimize(model)
-        assert inside == (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
+        assert inside == _switched_on()
     report = moepatch.report(model)
     for plan in (planned, seen.plan, report.plan):
         assert [(p.name, p.backend, p.fqns) for p in plan.patterns] == usual
     assert all(v.ok and v.differences for v in report.verified if "not run" not in v.note)
     assert not any("float64" in v.note for v in report.verified)
-    assert state == (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled())
+    assert state == _switched_on()
     zoo.loss(model(**zoo.inputs(family, model))).backward()
     assert all(p.device.type == "cpu" and not p.is_inference() for p in model.parameters())
 
@@ -615,6 +655,29 @@ def test_in_threads_with_other_defaults():
             thread.join()
         assert torch.get_default_dtype() == torch.float64
     assert not errors and all(v.ok for m in models for v in moepatch.report(m).verified)
+
+
+def test_other_threads_keep_the_default_dtype(qwen3, monkeypatch):
+    """Whoever builds a model in another thread meanwhile gets the dtype that was asked for."""
+    seen, run = set(), trial.run
+
+    def watched(*args, **kwargs):
+        with ThreadPoolExecutor(1) as pool:
+            seen.add(pool.submit(lambda: torch.nn.Linear(2, 2).weight.dtype).result())
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(trial, "run", watched)
+    with default_dtype(torch.bfloat16):
+        moepatch.optimize(qwen3)
+    assert seen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
+def test_no_random_number_of_the_callers_is_drawn(family):
+    model = zoo.build(family)
+    drawn, filters = (torch.get_rng_state(), random.getstate()), list(warnings.filters)
+    moepatch.restore(moepatch.optimize(model))
+    assert torch.equal(torch.get_rng_state(), drawn[0]) and random.getstate() == drawn[1] and warnings.filters == filters
 
 
 def test_what_cannot_be_left_is_refused_in_words(qwen3):

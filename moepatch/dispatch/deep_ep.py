@@ -254,7 +254,7 @@ class Memory2(Memory):
     def send(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, dispatcher: DeepEP) -> tuple[Tensor, Tensor, Tensor, Flight]:
         """As `Memory1.send`."""
         # The kernels are compiled for a number of tokens that no rank exceeds: agreed on, and rounded up so that few are compiled.
-        most = torch.tensor(x_TH.shape[0], device=x_TH.device)
+        most = torch.tensor(x_TH.shape[0], device=x_TH.device, dtype=torch.int64)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
         buffer = self._fit(1 << (max(int(most), 128) - 1).bit_length(), x_TH.shape[1], ids_TK.shape[1])
         x_NH, ids_NK, weights_NK, routes, _ = buffer.dispatch(

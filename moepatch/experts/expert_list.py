@@ -168,10 +168,8 @@ class StackExperts:
             self.module._parameters[name] = stacked
         self.children = dict(self.module._modules)
         self.module._modules.clear()
-        self.hooks = [
-            self.module.register_state_dict_post_hook(functools.partial(_children_names, self.weights)),
-            self.module.register_load_state_dict_pre_hook(functools.partial(_stacked_names, self.weights)),
-        ]
+        self.hooks.append(self.module.register_state_dict_post_hook(functools.partial(_children_names, self.weights)))
+        self.hooks.append(self.module.register_load_state_dict_pre_hook(functools.partial(_stacked_names, self.weights)))
 
     def commit(self) -> None:
         """Children of a list that has been sharded must not keep the whole weights alive."""
@@ -185,10 +183,13 @@ class StackExperts:
             hook.remove()
         self.module._modules.update(self.children)
         for name, weight in self.weights.items():
-            stacked = self.module._parameters.pop(name)
+            stacked = self.module._parameters.get(name)
+            if stacked is None or name not in self.parts:
+                continue
             self._fill(name, {path: part.clone() for path, part in weight.store(stacked.detach()).items()})
             for part in self.parts[name]:
                 part.requires_grad_(stacked.requires_grad)
+            del self.module._parameters[name]
 
     def _fill(self, name: str, values: Mapping[str, Tensor]) -> None:
         for part, value in zip(self.parts[name], values.values(), strict=True):

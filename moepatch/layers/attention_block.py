@@ -234,7 +234,7 @@ def _inject(spec: AttentionBlockSpec, backend: str, implementation: str | None):
 
 def _call(spec: AttentionBlockSpec, dtype, device, generator, batch: int, sequence: int) -> Call:
     def made(*shape):
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     kwargs = {**spec.roles.absent(), spec.roles.tokens: made(batch, sequence, spec.hidden)}
     if spec.roles.tables is not None:

@@ -147,7 +147,7 @@ def _inject(spec: LatentSpec, backend: str, implementation: str | None):
 
 def _call(spec: LatentSpec, dtype, device, generator, batch: int, sequence: int) -> Call:
     def made(*shape) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     kwargs = {**spec.roles.absent(), spec.roles.tokens: made(batch, sequence, spec.hidden)}
     if spec.roles.tables is not None:
@@ -158,7 +158,8 @@ def _call(spec: LatentSpec, dtype, device, generator, batch: int, sequence: int)
 def random_tables(heads: LatentHeads, batch: int, sequence: int, generator: torch.Generator, device: torch.device | str = "cpu"):
     """Tables as the family makes them, of random angles: two of R columns, on the CPU, or a complex one of R/2, on `device`."""
     turn = TURNS.get(heads.rope)
-    angles = torch.randn(batch, sequence, heads.rope_dim // (2 if turn is not None and turn.complex else 1), generator=generator) * 3
+    columns = heads.rope_dim // (2 if turn is not None and turn.complex else 1)
+    angles = torch.randn(batch, sequence, columns, generator=generator, dtype=torch.float32) * 3
     return torch.polar(torch.ones_like(angles), angles).to(device) if turn is not None and turn.complex else (angles.cos(), angles.sin())
 
 

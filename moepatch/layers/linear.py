@@ -87,7 +87,7 @@ def _cast_and_run(function: Callable[..., Tensor], x: Tensor, layers: Sequence[n
 
 def _call(spec: LinearSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int = 24) -> Call:
     """Tokens in two sequences ``[2, T/2, K]``."""
-    return Call((torch.randn(2, tokens // 2, spec.in_features, generator=generator).to(device=device, dtype=dtype),))
+    return Call((torch.randn(2, tokens // 2, spec.in_features, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype),))
 
 
 LINEAR = Kind(

@@ -298,14 +298,14 @@ def _beside(module: nn.Module, spec: MlpSpec) -> list[Adjacent]:
 
 def _call(spec: MlpSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int = 24) -> Call:
     """Tokens in two sequences ``[2, T/2, H]``."""
-    return Call((torch.randn(2, tokens // 2, spec.hidden, generator=generator).to(device=device, dtype=dtype),))
+    return Call((torch.randn(2, tokens // 2, spec.hidden, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype),))
 
 
 def _regimes(spec: MlpSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator):
     """One token, in a sequence and without, and tokens along other axes."""
     shapes = {"1 token": (1, 1), "1 token in a row of its own": (1,), "rows of tokens": (5,), "3 tokens": (1, 3), "5 sequences": (5, 3), "4 axes": (2, 3, 4)}
     for words, shape in shapes.items():
-        yield f"with {words}", Call((torch.randn(*shape, spec.hidden, generator=generator).to(device=device, dtype=dtype),))
+        yield f"with {words}", Call((torch.randn(*shape, spec.hidden, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype),))
 
 
 MLP = Kind(

@@ -168,9 +168,9 @@ def _regimes(spec: NormSpec, dtype, device, generator):
 
 def _call(spec: NormSpec, shape, dtype, device, generator) -> Call:
     small = math.sqrt(spec.eps)
-    row_scale = torch.where(torch.rand(*shape[:-1], 1, generator=generator) < 0.5, 1.0, small)
-    x = torch.randn(shape, generator=generator) * row_scale
-    tensors = [x] if spec.gate is None else [x, torch.randn(shape, generator=generator)]
+    row = torch.rand(*shape[:-1], 1, generator=generator, dtype=torch.float32)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32) * torch.ones_like(row).masked_fill(row >= 0.5, small)
+    tensors = [x] if spec.gate is None else [x, torch.randn(shape, generator=generator, dtype=torch.float32)]
     return Call(tuple(t.to(device=device, dtype=dtype) for t in tensors))
 
 

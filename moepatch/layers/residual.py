@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..kind import Kind
-from ..registry import compute
+from ..registry import backends, compute
 from ..surgery import Patched, is_bare
 from ..trial import Call, inject
 from .norm import NormSpec, NormState, PatchedNorm, own_weight
@@ -249,7 +249,7 @@ class ResidualSums(nn.Module):
 
     Args:
         spec: of the layer.
-        backend: what computes the sums, and the norms if it has norms too.
+        backend: what computes the sums, and the norms if there is one of that name for them; else the reference does.
 
     Args of the call:
         stream ``[B, S, H]``; for each branch the weight of its norm ``[H]`` and the scale ``[H]`` that stands for its child.
@@ -259,8 +259,9 @@ class ResidualSums(nn.Module):
         super().__init__()
         self.norms = spec.norms
         self.layer = nn.Module()
+        both = any(backend == other.name for other in backends("norm"))
         for branch, norm in zip(spec.branches, spec.norms, strict=True):
-            self.layer.add_module(branch.norm, inject(_GivenWeight(), {"": (PatchedNorm, NormState(norm, backend))}))
+            self.layer.add_module(branch.norm, inject(_GivenWeight(), {"": (PatchedNorm, NormState(norm, backend if both else "reference"))}))
             self.layer.add_module(branch.child, _GivenWeight())
         plain = tuple(replace(branch, args=(Source("normed"),), kwargs=(), rest=False, returns=("tensor",)) for branch in spec.branches)
         inject(self.layer, _inject(replace(spec, parameters=spec.parameters[:1], defaults=(), branches=plain, result=None), backend, None))
@@ -275,7 +276,7 @@ class ResidualSums(nn.Module):
 
 def _call(spec: ResidualSpec, dtype, device, generator, tokens: int) -> Call:
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, spec.width, generator=generator).to(device=device, dtype=dtype)
+        return torch.randn(*shape, spec.width, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
 
     return Call((random(1, tokens), *(random() for _ in range(2 * len(spec.branches)))))
 

@@ -194,7 +194,7 @@ def _trial(spec: RouterSpec, dtype, device, generator) -> Call:
 
 
 def _bench(spec: RouterSpec, dtype, device, generator, tokens: int) -> Call:
-    return Call((torch.randn(tokens, spec.hidden, generator=generator).to(device=device, dtype=dtype),))
+    return Call((torch.randn(tokens, spec.hidden, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype),))
 
 
 def _call(router, x: Tensor) -> tuple[Tensor, Tensor]:

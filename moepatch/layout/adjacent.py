@@ -63,12 +63,12 @@ class Adjacent:
         parameters = [self.module.get_parameter(name) for name in self.names]
         if any(p.device.type == "meta" or p.dtype != parameters[0].dtype for p in parameters) or len({p.device for p in parameters}) > 1:
             return
+        self.moved = parameters
         with torch.no_grad():
             buffer = torch.empty((sum(p.shape[0] for p in parameters), *parameters[0].shape[1:]), dtype=parameters[0].dtype, device=parameters[0].device)
             for parameter, part in zip(parameters, buffer.split([p.shape[0] for p in parameters]), strict=True):
                 part.copy_(parameter)
                 parameter.data = part
-        self.moved = parameters
         self.hook = self.module.register_state_dict_post_hook(storages_apart)
 
     def undo(self) -> None:

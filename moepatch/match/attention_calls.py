@@ -140,7 +140,7 @@ class _Inputs:
     generator: torch.Generator
 
     def _made(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32)
 
     def tokens(self) -> Tensor:
         return self._made(_BATCH, _SEQUENCE, self.hidden)

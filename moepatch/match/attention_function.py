@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from ..layers.attention import NAMES
+from ..layers.attention import PREFIX
 from ..layers.attention.function import attention_function
 from ..layers.attention.spec import AttentionSpec, AttentionUse
 from ..layers.attention_block import attention_functions
@@ -53,7 +53,7 @@ def match_attention_function(found: Found, scan: Scan, memo: dict) -> Site | Non
         class_name=type(found.module).__name__,
         spec=AttentionUse(tuple(Counter(_spec(module) for module in group.members).items())),
         now=group.owner.config._attn_implementation or "eager",
-        dtype=str(torch.get_default_dtype() if parameter is None else parameter.dtype).removeprefix("torch."),
+        dtype="float32" if parameter is None else str(parameter.dtype).removeprefix("torch."),
         device="cpu" if parameter is None else str(parameter.device),
     )
 
@@ -104,7 +104,7 @@ def _why_not(owner: PreTrainedModel, members: list[Found]) -> str | None:
     if not owner._supports_sdpa and not any(form.sinks or form.softcap is not None for form in forms):
         return "its family has no fused attention, and the reason is neither sinks nor a softcap"
     now = owner.config._attn_implementation
-    if now in NAMES.values():
+    if now is not None and now.startswith(PREFIX):
         return f"its attention runs on {now!r} already"
     # Without a choice of the user's, transformers takes sdpa where the family has it and eager elsewhere.
     usual = (None, "sdpa") if owner._supports_sdpa else (None, "eager")

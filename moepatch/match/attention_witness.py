@@ -85,7 +85,7 @@ def _of_length(call: Call, sequence: int, length: int) -> Call:
             leaf = leaf.index_select(axis, torch.arange(length) % sequence)
         if not leaf.is_floating_point():
             return leaf
-        return leaf * (1 + 0.1 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)))
+        return leaf * (1 + 0.1 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32))
 
     args, kwargs = tree_map(resized, (call.args, dict(call.kwargs)))
     return Call(args, kwargs, call.constants)

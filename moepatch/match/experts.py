@@ -17,7 +17,7 @@ from ..experts.activation import OWN, Activation
 from ..experts.spec import ExpertsSpec
 from ..layout.experts import ExpertsLayout, flat_layout, fused_layout
 from ..registry import register_matcher
-from ..replica import size_map
+from ..replica import replica, size_map
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
 from .near import FLOATS, class_name
@@ -141,11 +141,16 @@ def _flagged(module: nn.Module) -> Iterator[ExpertsSpec]:
         return
     experts, *matrix = module.down_proj.shape
     hidden, intermediate = matrix[::-1] if transposed else matrix
-    own = module._apply_gate if gated else module.act_fn
-    activation = recognise(own, layout, finite_numbers(module)) or Activation(OWN)
+    bare = _bare(module)
+    activation = recognise(bare._apply_gate if gated else bare.act_fn, layout, finite_numbers(module)) or Activation(OWN)
     yield ExpertsSpec(
         num_experts=experts, hidden=hidden, intermediate=intermediate, layout=layout, activation=activation, post_norm=post_norm
     )
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The module without the hooks on it and on its activation, which a trial is not for."""
+    return replica(module, {}, lambda tensor, shape: tensor.detach())
 
 
 def guessed(module: nn.Module) -> Iterator[ExpertsSpec]:
@@ -164,7 +169,7 @@ def guessed(module: nn.Module) -> Iterator[ExpertsSpec]:
 
 def _activations(module: nn.Module, layout: ExpertsLayout) -> Iterator[Activation]:
     if "_apply_gate" in dir(type(module)) and layout.gate_form != "none":
-        yield recognise(module._apply_gate, layout, finite_numbers(module)) or Activation(OWN)
+        yield recognise(_bare(module)._apply_gate, layout, finite_numbers(module)) or Activation(OWN)
     else:
         yield from candidates(layout.gate_form != "none", finite_numbers(module))
 

@@ -116,7 +116,7 @@ def _roles(module: nn.Module, spec: Any, sizes: dict[int, int]) -> Roles | str:
     model = replica(module, sizes, random_fill(generator))
 
     def tokens() -> Tensor:
-        return torch.randn(_BATCH, _SEQUENCE, spec.hidden, generator=generator)
+        return torch.randn(_BATCH, _SEQUENCE, spec.hidden, generator=generator, dtype=torch.float32)
 
     def run(values: dict[str, Any]) -> None:
         with trial.torch_formulas(model, trial.eager_forward(model)) as forward:
@@ -145,7 +145,7 @@ def _roles(module: nn.Module, spec: Any, sizes: dict[int, int]) -> Roles | str:
 
 def _mask() -> Tensor:
     """One sequence has padding before it."""
-    mask = torch.ones(_BATCH, _SEQUENCE)
+    mask = torch.ones(_BATCH, _SEQUENCE, dtype=torch.float32)
     mask[0, :2] = 0
     return mask
 
@@ -156,7 +156,7 @@ def _other_misfit(module: nn.Module, kind: str, spec: Any, sizes: dict[int, int]
     original = replica(module, sizes, random_fill(generator)).eval()
     twin = replica(original, {}, lambda tensor, shape: tensor.detach().clone())
     trial.inject(twin, KINDS[kind].injections(spec.resized(sizes), "reference", None))
-    x = torch.randn(_BATCH, _SEQUENCE, spec.resized(sizes).hidden, generator=generator)
+    x = torch.randn(_BATCH, _SEQUENCE, spec.resized(sizes).hidden, generator=generator, dtype=torch.float32)
     masked = {} if spec.roles.mask is None else {spec.roles.mask: _mask()}
     records = []
     try:

@@ -85,10 +85,11 @@ def recognise(gate: Callable[[Tensor], Tensor], layout: ExpertsLayout, numbers: 
     """
     reach = max(30.0, *(2 * abs(n) for n in numbers if abs(n) < 1e3)) if numbers else 30.0
     generator = torch.Generator().manual_seed(0)
-    line = torch.linspace(-reach, reach, 241)
+    line = torch.linspace(-reach, reach, 241, dtype=torch.float32)
+    spread = torch.randn(256, 2, generator=generator, dtype=torch.float32) * 3
     pairs = torch.cat([
-        torch.randn(256, 2, generator=generator) * 3, torch.cartesian_prod(line[::8], line[::8]), torch.stack([line, line.flip(0)], -1),
-        torch.tensor([*itertools.product(_FAR, _FAR)]),
+        spread, torch.cartesian_prod(line[::8], line[::8]), torch.stack([line, line.flip(0)], -1),
+        torch.tensor([*itertools.product(_FAR, _FAR)], dtype=torch.float32),
     ])  # fmt: skip
     gated = layout.gate_form != "none"
     # [R, 2] is a canonical pre-activation of width I = 1; without a gate only the first column is used.

@@ -98,7 +98,7 @@ class _Child(nn.Module):
     def __init__(self, name: str, form: str, width: int, written: _Log):
         super().__init__()
         self.name, self.form, self._moepatch_written = name, form, written
-        self.scale, self.shift = nn.Parameter(torch.empty(width, device="meta")), nn.Parameter(torch.empty(width, device="meta"))
+        self.scale, self.shift = (nn.Parameter(torch.empty(width, device="meta", dtype=torch.float32)) for _ in range(2))
 
     def forward(self, *args, **kwargs):
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -170,7 +170,7 @@ def _made(layer: nn.Module, norms: dict[str, NormSpec], forms: dict[str, str], s
 def _call(norms: dict[str, NormSpec], arguments: dict[str, Any], shape: tuple[int, int] = _SHAPE) -> trial.Call:
     width = next(iter(norms.values())).width
     width = _narrow(norms).get(width, width)
-    return trial.Call((torch.randn(*shape, width, generator=torch.Generator().manual_seed(1)),), arguments)
+    return trial.Call((torch.randn(*shape, width, generator=torch.Generator().manual_seed(1), dtype=torch.float32),), arguments)
 
 
 def _read(layer: nn.Module, norms: dict[str, NormSpec]) -> ResidualSpec | str:

@@ -200,7 +200,7 @@ class _Trials:
             weight.data -= lean
             small = -math.log(_TINY) / (lean * weight.shape[1])
             copy._parameters = {name: nn.Parameter(p.data.to(weight_dtype)) for name, p in copy._parameters.items()}
-            x = torch.randn(96, weight.shape[1], generator=generator)
+            x = torch.randn(96, weight.shape[1], generator=generator, dtype=torch.float32)
             x = {"usual": x, "small": x / 4 + small, "sequences": x.unflatten(0, (2, 48))}[tokens].to(dtype)
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 try:

@@ -36,7 +36,7 @@ def clip_grad_norm_(parameters: nn.Module | Iterable[Tensor] | Tensor, max_norm:
         parameters = [parameters]
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, dtype=torch.float32)
     groups: dict[object, list[Tensor]] = {}
     for grad in grads:
         groups.setdefault((grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else grad.device, []).append(grad)

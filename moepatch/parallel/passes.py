@@ -128,7 +128,7 @@ class Together:
         """Removes them."""
         while self.handles:
             self.handles.pop().remove()
-        self.passes.members.remove(self)
+        self.passes.members[:] = [member for member in self.passes.members if member is not self]
 
     def close(self) -> None:
         """Ends what a pass has left open, because it has skipped layers or has broken off."""
@@ -215,7 +215,7 @@ class Throughout:
         """Removes them."""
         while self.handles:
             self.handles.pop().remove()
-        self.passes.throughout.remove(self)
+        self.passes.throughout[:] = [member for member in self.passes.throughout if member is not self]
 
     def end(self, output: Any) -> None:
         """After a pass, or after a part by itself. What they return may need these parameters in its backward, whatever comes in between."""

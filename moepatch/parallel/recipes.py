@@ -44,7 +44,7 @@ class Files:
 
     def meta(self, key: str) -> Tensor:
         """The shape, as a tensor on the meta device."""
-        return torch.empty(self.open_file(self.file_of[key]).get_slice(key).get_shape(), device="meta")
+        return torch.empty(self.open_file(self.file_of[key]).get_slice(key).get_shape(), device="meta", dtype=torch.float32)
 
     def read(self, key: str, box: Box | None, device: torch.device) -> Tensor:
         """A tensor, or a part of it, of which no more is read."""

@@ -65,7 +65,7 @@ def without_tied(model: nn.Module, state: Mapping[str, Tensor], aliases: Mapping
     """
     # transformers decides by memory, so it gets one element of memory for each tensor there is.
     memory: dict[object, Tensor] = {}
-    stand_ins = {key: memory.setdefault(aliases.get(key, key), torch.empty(1)) for key in state}
+    stand_ins = {key: memory.setdefault(aliases.get(key, key), torch.empty(1, dtype=torch.float32)) for key in state}
     kept = remove_tied_weights_from_state_dict(stand_ins, model)
     return {key: value for key, value in state.items() if key in kept}
 

@@ -110,8 +110,10 @@ class FullyShard:
             self.held += [Held(module, name, p) for name, p in parameters if p is not None and p not in self.ignored and id(p) not in inner]
         before = [(module, type(module), set(vars(module))) for module in everything]
         unit = self.modules if len(self.modules) > 1 else self.modules[0]
-        fully_shard(unit, mesh=self.mesh, ignored_params=self.ignored, reshard_after_forward=self.reshard_after_forward)
-        self.changed = [(module, cls, set(vars(module)) - attributes) for module, cls, attributes in before]
+        try:
+            fully_shard(unit, mesh=self.mesh, ignored_params=self.ignored, reshard_after_forward=self.reshard_after_forward)
+        finally:
+            self.changed = [(module, cls, set(vars(module)) - attributes) for module, cls, attributes in before]
 
     def commit(self) -> None:
         """Frees the whole parameters."""
@@ -134,7 +136,7 @@ class FullyShard:
             module, cls, attributes = self.changed.pop()
             module.__class__ = cls
             for name in attributes:
-                del module.__dict__[name]
+                module.__dict__.pop(name, None)
             for hooks in (vars(module)[name] for name in _HOOKS):
                 for key in [key for key, hook in hooks.items() if _is_fsdp(hook)]:
                     del hooks[key]

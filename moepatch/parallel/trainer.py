@@ -90,7 +90,7 @@ class AnswerTrainer:
 
     def undo(self) -> None:
         if self.added:
-            del self.config.distributed_config
+            vars(self.config).pop("distributed_config", None)
 
 
 def _autocasts() -> bool:

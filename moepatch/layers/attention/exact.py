@@ -32,7 +32,7 @@ def sdpa_attention(q_BHSD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask: Tensor 
         else:
             k_BGKD, v_BGKD = repeat_heads(k_BGKD, groups), repeat_heads(v_BGKD, groups)
     causal = causal and mask is None and length > 1
-    if mask is not None and _wants_efficient(q_BHSD, v_BGKD, mask):
+    if mask is not None and length > 1 and _wants_efficient(q_BHSD, v_BGKD, mask):
         out = _efficient(q_BHSD, k_BGKD, v_BGKD, mask, dropout, scale)
     else:
         out = F.scaled_dot_product_attention(q_BHSD, k_BGKD, v_BGKD, mask, dropout, causal, scale=scale, enable_gqa=native)
@@ -42,7 +42,7 @@ def sdpa_attention(q_BHSD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask: Tensor 
 def _wants_efficient(q: Tensor, v: Tensor, mask: Tensor) -> bool:
     """Whether torch would give a masked call to cuDNN, as on Hopper from cuDNN 9.15 on: its gradients were NaN for queries without keys, and others wrong."""
     low = q.is_cuda and q.dtype in BF16_FP16 and torch.version.hip is None and autocast_dtype(q.device) is None
-    return low and mask.dtype == torch.bool and q.shape[2] > 1 and q.shape[-1] % 8 == v.shape[-1] % 8 == 0
+    return low and mask.dtype == torch.bool and q.shape[-1] % 8 == v.shape[-1] % 8 == 0
 
 
 def _efficient(q_BHSD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor, dropout: float, scale: float) -> Tensor:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ...kind import Kind
+from ...registry import compute
 from ...surgery import InjectClass
 from ...trial import Call
-from . import NAMES, register
-from .function import attention_function
+from . import name_of, register_names
+from .function import CHAINS
 from .masks import Mask
 from .positions import CountedPositions
 from .spec import CAUSAL, AttentionSpec, AttentionUse
 
 # An unpickled model finds its functions without `optimize`.
-register()
+register_names()
 
 _TRIAL_TOKENS = 160
 
@@ -66,17 +67,27 @@ class AttentionCalls(nn.Module):
     def __init__(self, use: AttentionUse, backend: str):
         super().__init__()
         self.forms = tuple(form for form, _ in use.forms)
-        self.attend = attention_function(backend)
+        self.callers = nn.ModuleList(_Caller(form) for form in self.forms)
+        self.attend, self.own = compute("attention", backend), backend in CHAINS
 
     def forward(self, inputs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
         """See the class."""
-        return tuple(self._one(form, *tensors) for form, tensors in zip(self.forms, inputs, strict=True))
+        return tuple(self._one(*asked, *tensors) for *asked, tensors in zip(self.callers, self.forms, inputs, strict=True))
 
-    def _one(self, form: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+    def _one(self, caller: nn.Module, form: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         batch, _, length, _ = q.shape
         window = form.reach if form.window is None or form.window < length else replace(form, window=None).reach
         mask = None if window == CAUSAL else Mask(window, _arguments(window, batch, length, q.device))
-        return self.attend(self, q, k, v, mask, is_causal=form.causal, softcap=form.softcap, s_aux=sinks, output_attentions=False)[0]
+        mask = mask if mask is None or self.own else mask.dense()
+        return self.attend(caller, q, k, v, mask, is_causal=form.causal, softcap=form.softcap, s_aux=sinks, output_attentions=False)[0]
+
+
+class _Caller(nn.Module):
+    """The module that calls for one form of attention: what transformers' own functions read of it."""
+
+    def __init__(self, form: AttentionSpec):
+        super().__init__()
+        self.num_key_value_groups, self.is_causal, self.layer_idx = form.heads // form.kv_heads, form.causal, 0
 
 
 def _arguments(window, batch: int, length: int, device: torch.device) -> dict[str, Any]:
@@ -95,7 +106,7 @@ def _arguments(window, batch: int, length: int, device: torch.device) -> dict[st
 
 def _call(use: AttentionUse, dtype: torch.dtype, device: torch.device, generator: torch.Generator, batch: int, length: int) -> Call:
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
 
     inputs = []
     for form, _ in use.forms:
@@ -121,7 +132,7 @@ ATTENTION_FUNCTION = Kind(
     name="attention_function",
     pattern="attention function",
     backends="attention",
-    steps=lambda module, spec, backend: (SetImplementation(module.config, NAMES[backend]), InjectClass(module, CountedPositions, "positions")),
+    steps=lambda module, spec, backend: (SetImplementation(module.config, name_of(backend)), InjectClass(module, CountedPositions, "positions")),
     stand_in=AttentionCalls,
     trial=trial,
     bench=bench,

@@ -18,6 +18,7 @@ from transformers import masking_utils as hf
 
 from ...stand_in import StandIns
 from ...surgery import Patched
+from . import PREFIX, name_of
 
 
 def _no_borders(position_ids: Tensor) -> None:
@@ -32,6 +33,13 @@ class CountedPositions(Patched):
 
     keeps_name = True
     _moepatch: str
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A process that has unpickled a model may not have heard of its attention function."""
+        super().__setstate__(state)
+        name = self.config._attn_implementation_internal
+        if name is not None and name.startswith(PREFIX):
+            name_of(name.removeprefix(PREFIX))
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

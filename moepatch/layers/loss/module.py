@@ -84,7 +84,7 @@ def _inject(spec: LossSpec, backend: str, implementation: str | None) -> Injecti
 
 def _bench(spec: LossSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int) -> Call:
     """Hidden states of a scale that gives logits of a few units, and labels of which some do not count."""
-    hidden = torch.randn(tokens, spec.hidden, generator=generator).to(device=device, dtype=dtype)
+    hidden = torch.randn(tokens, spec.hidden, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
     labels = torch.randint(0, spec.vocab, (tokens,), generator=generator)
     labels[::7] = -100
     return Call((hidden, labels.to(device)))

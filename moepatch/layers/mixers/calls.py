@@ -50,5 +50,5 @@ def short_trial_call(spec, dtype: torch.dtype, device: torch.device, generator: 
 
 def bench_call(spec, dtype: torch.dtype, device: torch.device, generator: torch.Generator, tokens: int, sequences: int = 1) -> Call:
     """Hidden states ``[B, T, H]`` with B·T = `tokens`, as `Kind.bench` wants them."""
-    x_BTH = torch.randn(sequences, tokens // sequences, spec.hidden, generator=generator)
+    x_BTH = torch.randn(sequences, tokens // sequences, spec.hidden, generator=generator, dtype=torch.float32)
     return Call((x_BTH.to(device=device, dtype=dtype),))

@@ -41,7 +41,7 @@ class _SSD(torch.autograd.Function):
             grad[..., :inner].zero_()
         else:
             grad[..., :inner].copy_(grad_gate)
-        grad_y = torch.zeros((*u_BTC.shape[:2], inner), device=u_BTC.device) if grad_y is None else grad_y.contiguous()
+        grad_y = torch.zeros((*u_BTC.shape[:2], inner), device=u_BTC.device, dtype=torch.float32) if grad_y is None else grad_y.contiguous()
         grad_last = None if grad_last is None else grad_last.contiguous()
         grad_u, sums = scan_backward(grad_y, grad_last, u_BTC, zxbcdt[..., end:], a_log, dt_bias, skip, grad[..., end:], ctx.shape)
         into = grad[..., inner:end]
