@@ -210,7 +210,7 @@ def repeated(call: Call, sequences: int) -> Call:
         if not isinstance(leaf, Tensor) or leaf.ndim < 2 or leaf.shape[0] != batch:
             return leaf
         leaf = leaf.index_select(0, torch.arange(sequences) % batch)
-        return leaf * (1 + 0.1 * torch.randn(leaf.shape, generator=generator)) if leaf.is_floating_point() else leaf
+        return leaf * (1 + 0.1 * torch.randn(leaf.shape, generator=generator, dtype=torch.float32)) if leaf.is_floating_point() else leaf
 
     args, kwargs = tree_map(more, (call.args, dict(call.kwargs)))
     return Call(args, kwargs, call.constants)

@@ -74,7 +74,8 @@ def _why_wrong(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) ->
     shapes = ((heads, spec.head_dim), (heads * spec.kv_heads // spec.heads, spec.head_dim), (heads * spec.kv_heads // spec.heads, spec.v_head_dim))
     generator = torch.Generator(device).manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
-        q, k, v = (torch.randn(1, count, _TRIED, dim, generator=generator, device=device).to(dtype).requires_grad_() for count, dim in shapes)
+        made = (torch.randn(1, count, _TRIED, dim, generator=generator, device=device, dtype=torch.float32) for count, dim in shapes)
+        q, k, v = (t.to(dtype).requires_grad_() for t in made)
         sinks = torch.zeros(heads, dtype=dtype, device=device, requires_grad=True) if spec.sinks else None
         distance = torch.arange(_TRIED, device=device)[:, None] - torch.arange(_TRIED, device=device)
         left, right = spec.reach
