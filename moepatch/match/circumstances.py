@@ -115,8 +115,15 @@ def _operators(module: nn.Module, forward: Any, call: Call, context: contextlib.
     for func, *constants in recorder.trace:
         op = func._schema.name.removeprefix("aten::").rstrip("_")
         if op not in _NO_MATTER:
-            found.add((op, *(c for c in constants if isinstance(c, float) and not _is_of_dtype(c))))
+            found.add((op, *(_in_fp32(c) for c in constants if isinstance(c, float) and not _is_of_dtype(c))))
     return found
+
+
+@functools.cache
+def _in_fp32(number: float) -> float:
+    """A constant as torch's own functions round it where they compute in fp32, such as the epsilon of its norms."""
+    rounded = torch.tensor(number, dtype=torch.float32).item()
+    return rounded if rounded and math.isfinite(rounded) else number
 
 
 @functools.cache
