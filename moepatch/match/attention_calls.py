@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from ..replica import random_fill, replica
 from ..surgery import original_class
 from ..trial import Call
 from .attention_witness import attention_objection
+from .layer_index import is_handed_on
 from .roles import EXTRA, Recording, StandIn, attempt, base_roles, takes_others, updates_of
 
 _RECORDER = "moepatch_recorder"
@@ -123,6 +125,21 @@ class Subject:
             return missed
         objection = attention_objection(self.module, twin, spec, self.call, _SEQUENCE)
         return [] if objection is None else [objection]
+
+    def hands_on_index(self) -> bool:
+        """See `layer_index`."""
+        with torch.no_grad(), trial.torch_formulas(self.module, trial.eager_forward(self.module)) as forward:
+
+            def run() -> None:
+                for training, cached in itertools.product((True, False), (True, False)):
+                    kwargs = dict(self.call.kwargs)
+                    if cached and self.roles.cache is not None:
+                        kwargs[self.roles.cache] = RecordingCache()
+                        if self.roles.mask is not None:
+                            kwargs[self.roles.mask] = kwargs[self.roles.mask].repeat(1, 1, 1, 2)
+                    forward(self.module.train(training), **kwargs)
+
+            return is_handed_on(self.module, run)
 
     def twin(self, spec: Any) -> nn.Module:
         """A patched copy, of the same size and with the same weights."""
