@@ -104,7 +104,7 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _operators(module: nn.Module, forward: Any, call: Call, context: contextlib.AbstractContextManager) -> set[tuple] | None:
     """The operators of a call with their constants, without those that do not compute; None if it cannot be run."""
-    recorder, found = Recorder(), set()
+    recorder, found = Recorder(traced=True), set()
     args, kwargs = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (call.args, dict(call.kwargs)))
     try:
         with torch.no_grad(), context, trial.torch_formulas(module, forward) as run, recorder:
