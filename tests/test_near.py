@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import transformers
 import zoo
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
@@ -420,3 +421,24 @@ def test_views_are_texts_in_notebooks_too(qwen3, monkeypatch, capsys):
     for view in (plan, report, moepatch.inspect(qwen3)):
         assert "experts: fused 3-D" in str(view) and "<table" in view._repr_html_()
     assert capsys.readouterr().out == ""
+
+
+#: Models of other families: the end of a module's name, and its reason.
+REASONS = {
+    "Phi3": ("layers.0", r"norm for the child after it \(input_layernorm, self_attn, resid_attn_dropout, post"),
+    "Olmo2": ("layers.0", r"norm for the child after it \(self_attn, post_attention_layernorm, mlp, post"),
+    "Starcoder2": ("layers.0.self_attn", r"^its result goes through a dropout of its own \(`residual_dropout`\)$"),
+    "Phimoe": ("layers.0.mlp.router", "^it chooses and weighs by no formula that is known$"),
+}
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_the_reason_is_what_is_in_the_way(family):
+    name, reason = REASONS[family]
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    (found,) = [n.reason for n in make_plan(model).left if n.fqns[0].endswith(name)]
+    assert re.search(reason, found), found

@@ -8,7 +8,6 @@ gradients.
 
 from __future__ import annotations
 
-import dis
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import trial
 from ..layers.attention_block import ATTENTION_BLOCK, AttentionBlockSpec, attention_functions
 from ..layers.roles import Argument
 from ..layers.rope import ROPES, HeadNorm, HeadsSpec
@@ -26,9 +24,9 @@ from ..site import Left, Refusal, Site
 from ..surgery import original_class
 from .attention_calls import Subject
 from .experts import left, make_site
+from .layer_index import looks_once, remembered
 from .near import in_the_way
 from .norm import match_norm
-from .probe import fingerprint
 from .witness import Objection
 from .roles import base_roles
 
@@ -44,10 +42,7 @@ def match_attention_block(found: Found, scan: Scan, memo: dict) -> Site | Refusa
     module = found.module
     form = _form(module)
     if isinstance(form, _Form):
-        key = ("attention_block", id(module.config), without_index(module))
-        if key not in memo:
-            memo[key] = _read(form, module, scan, memo)
-        form = memo[key]
+        form = remembered(memo, ("attention_block", id(module.config)), module, lambda: _read(form, module, scan, memo))
     return taken(found, "attention_block", form)
 
 
@@ -57,13 +52,6 @@ def taken(found: Found, kind: str, reading: Any) -> Site | Left | None:
         return None if reading is None else left(found, kind, in_the_way(found.module) or reading)
     site = make_site(found, kind, reading, reading.parameter_names())
     return site if isinstance(site, Site) else left(found, kind, site.reason)
-
-
-def without_index(module: nn.Module) -> tuple:
-    """The fingerprint, the same for all layers where the index of the layer only tells the cache which one it is."""
-    looks = [i for i in dis.get_instructions(trial.eager_forward(module)) if i.argval == "layer_idx"]
-    cls, plain, *rest = fingerprint(module)
-    return cls, tuple(item for item in plain if len(looks) > 1 or item[0] != "layer_idx"), *rest
 
 
 @dataclass(frozen=True)
@@ -135,11 +123,11 @@ def _heads(q: nn.Linear, k: nn.Linear, v: nn.Linear, o: nn.Linear, head_dim: Any
     return HeadsSpec(heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim, norm=None, rope="none", gated=gated)
 
 
-def _read(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> AttentionBlockSpec | str:
-    """The spec that computes what the module does, or why there is none."""
+def _read(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> tuple[AttentionBlockSpec | str, bool]:
+    """The spec that computes what the module does, or why there is none; and whether that holds for all layers."""
     norms = _norms(form, module, scan, memo)
     if norms is None:
-        return f"what its norms ({', '.join(form.norms)}) compute is not known"
+        return f"what its norms ({', '.join(form.norms)}) compute is not known", looks_once(module)
     reasons = []
     for sizes in dict.fromkeys((tuple(_sizes(form.spec).items()), ())):
         for narrow in (2, 1):
@@ -152,9 +140,9 @@ def _read(form: _Form, module: nn.Module, scan: Scan, memo: dict) -> AttentionBl
             readings = [replace(spec, arguments=arguments) for spec in _readings(replace(form.spec, roles=original.roles), norms, narrow)]
             spec = fitting(readings, lambda spec, original=original, sizes=dict(sizes): original.misses(spec.resized(sizes)))
             if not isinstance(spec, str):
-                return spec
+                return spec, original.hands_on_index()
             reasons.append(spec)
-    return most_telling(reasons)
+    return most_telling(reasons), looks_once(module)
 
 
 def fitting(readings: Iterable[Any], misses: Callable[[Any], list[str]]) -> Any:

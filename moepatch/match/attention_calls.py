@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,9 @@ from ..replica import random_fill, replica
 from ..surgery import original_class
 from ..trial import Call
 from .attention_witness import attention_objection
+from .layer_index import is_handed_on
 from .roles import EXTRA, Recording, StandIn, attempt, base_roles, takes_others, updates_of
+from .witness import Objection
 
 _RECORDER = "moepatch_recorder"
 #: The arguments that every attention function has, in order.
@@ -118,11 +121,45 @@ class Subject:
         for theirs, names in zip(self.given[_ALWAYS:], missed[_ALWAYS:], strict=True):
             if theirs is not None and theirs[_WITHOUT] != self.roles.tables and bool(names) != any(missed[:_ALWAYS]):
                 return [f"the argument `{theirs[_WITHOUT]}`"]
-        missed = list(dict.fromkeys(sum(missed, []))) or [f"its {d.what}" for d in trial.differences(self.results, results) if not d.ok][:1]
+        missed = list(dict.fromkeys(sum(missed, [])))
         if missed:
             return missed
+        odd = [f"its {d.what}" for d in trial.differences(self.results, results) if not d.ok]
+        if odd:
+            return [self._drawn() or odd[0]]
         objection = attention_objection(self.module, twin, spec, self.call, _SEQUENCE)
         return [] if objection is None else [objection]
+
+    def _drawn(self) -> Objection | None:
+        """That the results are not the same twice, if they are not, and what makes them so."""
+        if not self._draws():
+            return None
+        for name, probability in [(name, value) for name, value in vars(self.module).items() if type(value) is float and "dropout" in name]:
+            setattr(self.module, name, 0.0)
+            alone = not self._draws()
+            setattr(self.module, name, probability)
+            if alone:
+                return Objection(f"its result goes through a dropout of its own (`{name}`)")
+        return Objection("it draws random numbers")
+
+    def _draws(self) -> bool:
+        first, second = (_run(self.module, self.roles, self.call, trial.eager_forward(self.module))[0] for _ in range(2))
+        return not all(d.ok for d in trial.differences(first, second))
+
+    def hands_on_index(self) -> bool:
+        """See `layer_index`."""
+        with torch.no_grad(), trial.torch_formulas(self.module, trial.eager_forward(self.module)) as forward:
+
+            def run() -> None:
+                for training, cached in itertools.product((True, False), (True, False)):
+                    kwargs = dict(self.call.kwargs)
+                    if cached and self.roles.cache is not None:
+                        kwargs[self.roles.cache] = RecordingCache()
+                        if self.roles.mask is not None:
+                            kwargs[self.roles.mask] = kwargs[self.roles.mask].repeat(1, 1, 1, 2)
+                    forward(self.module.train(training), **kwargs)
+
+            return is_handed_on(self.module, run)
 
     def twin(self, spec: Any) -> nn.Module:
         """A patched copy, of the same size and with the same weights."""

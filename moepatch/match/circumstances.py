@@ -104,7 +104,7 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _operators(module: nn.Module, forward: Any, call: Call, context: contextlib.AbstractContextManager) -> set[tuple] | None:
     """The operators of a call with their constants, without those that do not compute; None if it cannot be run."""
-    recorder, found = Recorder(), set()
+    recorder, found = Recorder(traced=True), set()
     args, kwargs = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (call.args, dict(call.kwargs)))
     try:
         with torch.no_grad(), context, trial.torch_formulas(module, forward) as run, recorder:
@@ -115,8 +115,15 @@ def _operators(module: nn.Module, forward: Any, call: Call, context: contextlib.
     for func, *constants in recorder.trace:
         op = func._schema.name.removeprefix("aten::").rstrip("_")
         if op not in _NO_MATTER:
-            found.add((op, *(c for c in constants if isinstance(c, float) and not _is_of_dtype(c))))
+            found.add((op, *(_in_fp32(c) for c in constants if isinstance(c, float) and not _is_of_dtype(c))))
     return found
+
+
+@functools.cache
+def _in_fp32(number: float) -> float:
+    """A constant as torch's own functions round it where they compute in fp32, such as the epsilon of its norms."""
+    rounded = torch.tensor(number, dtype=torch.float32).item()
+    return rounded if rounded and math.isfinite(rounded) else number
 
 
 @functools.cache

@@ -24,8 +24,9 @@ from ..layers.latent_heads import TURNS, LatentHeads
 from ..registry import register_matcher
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
-from .attention_block import arguments_of, fitting, most_telling, odd_linears, odd_module, taken, without_index
+from .attention_block import arguments_of, fitting, most_telling, odd_linears, odd_module, taken
 from .attention_calls import Subject, same
+from .layer_index import looks_once, remembered
 from .probe import finite_numbers
 from .roles import base_roles
 
@@ -43,10 +44,7 @@ def match_latent(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left 
     module = found.module
     form = _form(module)
     if isinstance(form, LatentSpec):
-        key = ("latent", id(module.config), without_index(module))
-        if key not in memo:
-            memo[key] = _read(form, module)
-        form = memo[key]
+        form = remembered(memo, ("latent", id(module.config)), module, lambda: _read(form, module))
     return taken(found, "latent", form)
 
 
@@ -96,8 +94,8 @@ def _heads(nope: int, rope: int, value: int, q: nn.Linear, down: nn.Linear, up: 
     return LatentHeads(heads=heads, nope=nope, rope_dim=rope, value_dim=value, rope="none")
 
 
-def _read(form: LatentSpec, module: nn.Module) -> LatentSpec | str:
-    """The spec that computes what the module does, or why there is none."""
+def _read(form: LatentSpec, module: nn.Module) -> tuple[LatentSpec | str, bool]:
+    """The spec that computes what the module does, or why there is none; and whether that holds for all layers."""
     sizes = _sizes(form, module)
     scaled = form.resized(sizes)
     numbers = [n for n in finite_numbers(module) if n not in (0.0, 1.0)]
@@ -110,11 +108,11 @@ def _read(form: LatentSpec, module: nn.Module) -> LatentSpec | str:
             continue
         spec = fitting(_readings(replace(form, roles=original.roles, arguments=arguments), complex_tables, numbers), partial(_misses, original, sizes))
         if not isinstance(spec, str):
-            return spec
+            return spec, original.hands_on_index()
         reasons.append(spec)
         if original.roles.tables is None:
             break
-    return most_telling(reasons)
+    return most_telling(reasons), looks_once(module)
 
 
 def _misses(original: Subject, sizes: dict[int, int], spec: LatentSpec) -> list[str]:

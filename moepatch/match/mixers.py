@@ -27,7 +27,8 @@ from ..scan import Found, Scan
 from ..site import Left, Site
 from .attention_calls import same
 from .experts import left, make_site
-from .probe import fingerprint, misfit
+from .layer_index import is_handed_on, looks_once, remembered
+from .probe import misfit
 from .roles import Recording, StandIn, attempt, base_roles, updates_of
 
 #: Sequences and tokens that a scale model is called with.
@@ -60,10 +61,7 @@ def _match(
     # A family that has its own fast path already is left alone.
     if first is None or all(importlib.util.find_spec(library) for library in libraries):
         return None
-    key = (kind, fingerprint(module))
-    if key not in memo:
-        memo[key] = _read(module, kind, candidates(module), small)
-    reading = memo[key]
+    reading = remembered(memo, (kind,), module, lambda: _read(module, kind, candidates(module), small))
     if isinstance(reading, str):
         return left(found, kind, reading)
     site = make_site(found, kind, reading, ("conv1d.weight", "out_proj.weight"))
@@ -94,8 +92,8 @@ class _Cache(Recording):
         return states
 
 
-def _read(module: nn.Module, kind: str, specs: Iterator[Any], small: Callable[[Any], dict[int, int]]) -> Any:
-    """The spec that computes what a mixer does, or why there is none."""
+def _read(module: nn.Module, kind: str, specs: Iterator[Any], small: Callable[[Any], dict[int, int]]) -> tuple[Any, bool]:
+    """The spec that computes what a mixer does, or why there is none; and whether that holds for all layers."""
     reasons = []
     for spec in specs:
         roles = _roles(module, spec.resized(small(spec)), small(spec))
@@ -105,9 +103,24 @@ def _read(module: nn.Module, kind: str, specs: Iterator[Any], small: Callable[[A
         spec = replace(spec, roles=roles)
         reason = misfit(module, kind, spec, small(spec)) or _other_misfit(module, kind, spec, small(spec))
         if reason is None:
-            return spec
+            return spec, _hands_on_index(module, spec, small(spec))
         reasons.append(f"it does not compute what its parameters suggest: {reason}")
-    return reasons[0]
+    return reasons[0], looks_once(module)
+
+
+def _hands_on_index(module: nn.Module, spec: Any, sizes: dict[int, int]) -> bool:
+    """See `layer_index`."""
+    generator = torch.Generator().manual_seed(0)
+    model = replica(module, sizes, random_fill(generator))
+    x = torch.randn(_BATCH, _SEQUENCE, spec.resized(sizes).hidden, generator=generator, dtype=torch.float32)
+    masks = [{}] if spec.roles.mask is None else [{}, {spec.roles.mask: _mask()}]
+    with torch.no_grad(), trial.torch_formulas(model, trial.eager_forward(model)) as forward:
+
+        def run() -> None:
+            for training, mask, cached in itertools.product((True, False), masks, (True, False)):
+                forward(model.train(training), x, **mask, **({spec.roles.cache: _Cache()} if cached else {}))
+
+        return is_handed_on(model, run)
 
 
 def _roles(module: nn.Module, spec: Any, sizes: dict[int, int]) -> Roles | str:

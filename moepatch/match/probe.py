@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def misfit(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> str | N
 def misfit_of_all(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> Objection | None:
     """As `misfit` for a module of which a smaller one has been compared: only calls that are its kind's own, without gradients."""
     generator = torch.Generator().manual_seed(0)
-    witness, scaled = _witness(module, KINDS[kind], spec, sizes, generator), spec.resized(sizes)
+    witness, scaled = replace(_witness(module, KINDS[kind], spec, sizes, generator), theirs=None, ours=None), spec.resized(sizes)
     with torch.random.fork_rng(devices=[]):
         for what, call in itertools.islice(KINDS[kind].regimes(scaled, torch.float32, torch.device("cpu"), generator), 3):
             for training in (False, True):

@@ -86,13 +86,14 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         sites: by operator and constant.
-        trace: every operator in order, with its plain arguments.
+        trace: every operator in order, with its plain arguments, if it is `traced`.
     """
 
-    def __init__(self):
+    def __init__(self, traced: bool = False):
         super().__init__()
         self.sites: dict[Key, Sides] = {}
         self.trace: list[tuple] = []
+        self._traced = traced
         self._reads = _Reads(self.sites)
 
     def __enter__(self):
@@ -109,7 +110,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.trace.append((func, *(a for a in (*args, *kwargs.values()) if isinstance(a, (bool, int, float, str, torch.dtype)))))
+        if self._traced:
+            self.trace.append((func, *(a for a in (*args, *kwargs.values()) if isinstance(a, (bool, int, float, str, torch.dtype)))))
         op, in_place = _named(func)
         watched = op in _WATCHED or op == "div" and kwargs.get("rounding_mode") is not None
         if not watched or not (isinstance(args[0], Tensor) and args[0].numel()):

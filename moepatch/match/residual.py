@@ -39,6 +39,7 @@ _NARROW = 16
 #: What a child may return, see `layers.residual.form_of_branch`; the first ones are tried on all children at once.
 _RETURNS = ("tensor", "tuple2", "tuple1", "flat tensor", "tuple3", "tuple4", "list1", "list2", "flat tuple2")
 _EXTRA = "moepatch_extra"  # a keyword that no layer has a name for
+_NOT_RUN = "its own code cannot be run with stand-ins for its children"
 _PLAIN = (type(None), bool, int, float, str)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -208,7 +209,8 @@ def _read(layer: nn.Module, norms: dict[str, NormSpec]) -> ResidualSpec | str:
         if reason is None:
             return _with_forms(layer, norms, forms, spec, everything)
         reasons.insert(0, reason)  # got further than what could not be read
-    return reasons[0]
+    # Forms that the layer does not take apart say nothing about it.
+    return next((reason for reason in reasons if not reason.startswith(_NOT_RUN)), reasons[0])
 
 
 def _shown(layer, norms, forms, everything: dict[str, _Argument], extras: list[str]) -> tuple[tuple[Branch, ...], tuple[Source, ...] | None] | str:
@@ -219,7 +221,7 @@ def _shown(layer, norms, forms, everything: dict[str, _Argument], extras: list[s
         with torch.no_grad(), trial.torch_formulas(copy, trial.eager_forward(copy)) as forward:
             returned = forward(copy, *call.args, **call.kwargs)
     except Exception as error:  # the layer wants another form, or is no such layer
-        return f"its own code cannot be run with stand-ins for its children ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        return f"{_NOT_RUN} ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     branches = _branches(written, norms, extras)
     if branches is None:
         return f"it does not call its norms and children by turns, each norm for the child after it ({', '.join(w.name for w in written)})"

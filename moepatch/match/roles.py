@@ -47,13 +47,13 @@ class Recording:
         """Writes down a call."""
         self.given.append((method, states, tuple(map(_kept, args)), {name: _kept(value) for name, value in kwargs.items()}))
         for value in (*args, *kwargs.values()):
-            if isinstance(value, dict):
+            if issubclass(type(value), dict):
                 value[FROM_CACHE] = "of a cache"
 
 
 def _kept(value: Any) -> Any:
     """What a cache was given, as it was then."""
-    return dict(value) if isinstance(value, dict) else value
+    return dict(value) if issubclass(type(value), dict) else value
 
 
 class Looked(AttributeError):

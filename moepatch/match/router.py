@@ -69,15 +69,15 @@ def _matrices(module: nn.Module) -> list[str]:
 
 def _why_no_form(module: nn.Module) -> str | None:
     """None for one matrix, beside it only vectors as long as the matrix is high, no children and one argument; else what of that is amiss."""
-    tensors = {**module._parameters, **module._buffers}
+    tensors = {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     if module._modules:
         return in_the_way(module) or f"it has children ({', '.join(module._modules)}), and the routers that are known have none"
     matrices = _matrices(module)
     if len(matrices) != 1:
         return f"it has {len(matrices)} matrices, and a router has one"
-    odd = next((name for name, t in tensors.items() if t is None or not t.is_floating_point()), None)
+    odd = next((name for name, t in tensors.items() if not t.is_floating_point()), None)
     if odd is not None:
-        return f"its {odd} " + ("is None" if tensors[odd] is None else f"is {str(tensors[odd].dtype).removeprefix('torch.')}")
+        return f"its {odd} is {str(tensors[odd].dtype).removeprefix('torch.')}"
     experts = module._parameters[matrices[0]].shape[0]
     vector = next((name for name, t in tensors.items() if name != matrices[0] and tuple(t.shape) != (experts,)), None)
     if vector is not None:
@@ -111,7 +111,7 @@ def _read(module: nn.Module, matrix: str) -> RouterSpec | str:
 
 def _formulas(module: nn.Module, base: RouterSpec) -> Iterator[RouterSpec]:
     """Every router that the form of the module allows, before rounding; the simpler ones first."""
-    vectors = [name for name in (*module._parameters, *module._buffers) if name != base.weight]
+    vectors = [name for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None and name != base.weight]
     # Every vector is either the linear's bias or the correction; more than two have no role.
     roles = [pair for pair in dict.fromkeys(itertools.permutations([*vectors, None, None], 2)) if set(pair) - {None} == set(vectors)]
     scales = list(dict.fromkeys([1.0, *finite_numbers(module)]))
@@ -199,7 +199,7 @@ class _Trials:
             lean = 3 / math.sqrt(weight.shape[1])
             weight.data -= lean
             small = -math.log(_TINY) / (lean * weight.shape[1])
-            copy._parameters = {name: nn.Parameter(p.data.to(weight_dtype)) for name, p in copy._parameters.items()}
+            copy._parameters = {name: None if p is None else nn.Parameter(p.data.to(weight_dtype)) for name, p in copy._parameters.items()}
             x = torch.randn(96, weight.shape[1], generator=generator, dtype=torch.float32)
             x = {"usual": x, "small": x / 4 + small, "sequences": x.unflatten(0, (2, 48))}[tokens].to(dtype)
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -11,6 +11,7 @@ them there, too.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -57,14 +58,14 @@ class Witness:
     Attributes:
         original, twin: of the same size and with the same weights.
         forward: the family's, called as ``forward(original, ...)``.
-        theirs, ours: thresholds that each has met.
+        theirs, ours: thresholds that each has met; None: nobody asks for them.
     """
 
     original: nn.Module
     twin: nn.Module
     forward: Callable[..., Any]
-    theirs: dict[Key, Sides] = field(default_factory=dict)
-    ours: dict[Key, Sides] = field(default_factory=dict)
+    theirs: dict[Key, Sides] | None = field(default_factory=dict)
+    ours: dict[Key, Sides] | None = field(default_factory=dict)
 
     def objection(self, calls: Iterator[tuple[str, Call, bool]]) -> Objection | None:
         """What is different between the two, in words; None if nothing is.
@@ -98,7 +99,7 @@ class Witness:
         """What the family's code runs in an ordinary call, in training and not; None if that cannot be had."""
         found = []
         for training in (False, True):
-            recorder = Recorder()
+            recorder = Recorder(traced=True)
             args, kwargs = tree_map(_copied, (call.args, dict(call.kwargs)))
             try:
                 with torch.no_grad(), trial.torch_formulas(self.original, self.forward) as forward, recorder:
@@ -292,13 +293,13 @@ class _Outcome:
     changes: dict[str, Any]
 
 
-def _called(module: nn.Module, forward: Callable[..., Any], call: Call, sites: dict[Key, Sides]) -> _Outcome:
-    """One call without gradients. Its thresholds are added to `sites` if it succeeds."""
+def _called(module: nn.Module, forward: Callable[..., Any], call: Call, sites: dict[Key, Sides] | None) -> _Outcome:
+    """One call without gradients. Its thresholds are added to `sites` if it succeeds and there are such."""
     args, kwargs = tree_map(_copied, (call.args, dict(call.kwargs)))
-    before, recorder = state_of(module), Recorder()
-    with torch.no_grad(), trial.torch_formulas(module, forward) as run, recorder:
+    before, recorder = state_of(module), None if sites is None else Recorder()
+    with torch.no_grad(), trial.torch_formulas(module, forward) as run, recorder or contextlib.nullcontext():
         returned = run(module, *args, **kwargs)
-    for key, sides in recorder.sites.items():
+    for key, sides in recorder.sites.items() if recorder is not None else ():
         sites.setdefault(key, Sides()).add(sides)
     inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     given = [leaf for leaf in tree_flatten((call.args, dict(call.kwargs)))[0] if isinstance(leaf, Tensor)]
@@ -350,7 +351,7 @@ def _is_rounding(theirs: tuple, ours: tuple, call: Call, error: float) -> bool:
     """Whether fp64 brings together what fp32 has apart. Parts that every module computes in fp32 go on rounding, but less counts."""
     wide = call.mapped(lambda t: t.double())
     try:
-        outcomes = [_called(in_dtype(module, torch.float64), forward, wide, {}) for module, forward in (theirs, ours)]
+        outcomes = [_called(in_dtype(module, torch.float64), forward, wide, None) for module, forward in (theirs, ours)]
     except Exception:  # then there is nothing that speaks for it
         return False
     if _difference(*outcomes)[0] is not None:
