@@ -46,7 +46,7 @@ test-gpu:  ## run the tests that need a GPU, with the machine's own Python: it h
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("$(PYTHON) has a torch that sees no CUDA GPU")'
 	CUDNN_HOME="$(CUDNN)" LD_LIBRARY_PATH="$(CUDNN:%=%/lib)$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "gpu and not timing" -n 8
 
-kernels: .venv-triton/triton  ## compile the Triton kernels for every known GPU, without one: docs/gpus.md, and its test (about half an hour)
+kernels: .venv-triton/triton  ## compile the Triton kernels for every known GPU, without one: docs/gpus.md, and its test (some three thousand kernels, 4 s of a core each)
 	OMP_NUM_THREADS=1 .venv-triton/bin/python bench/kernel_requirements.py
 	OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest tests/test_gpus.py
 

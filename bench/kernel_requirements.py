@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--models", help="only these, separated by commas")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     given = parser.parse_args()
     names = given.models.split(",") if given.models else None
     rows = measured(given.dtypes.split(","), names, TARGETS, given.workers)
