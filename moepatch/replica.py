@@ -39,7 +39,8 @@ def replica(module: nn.Module, sizes: Mapping[int, int], fill: Callable[[Tensor,
         copy.__dict__[hooks] = OrderedDict()
 
     def remade(tensor: Tensor) -> Tensor:
-        return fill(tensor, tuple(sizes.get(n, n) for n in tensor.shape))
+        made = fill(tensor, tuple(sizes.get(n, n) for n in tensor.shape))
+        return made.clone() if made.is_inference() else made  # a parameter that was made in inference mode can have no gradient
 
     copy._parameters = {
         name: None if p is None else nn.Parameter(remade(p), requires_grad=p.is_floating_point()) for name, p in module._parameters.items()

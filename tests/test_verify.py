@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moepatch
 from moepatch import api, planning, registry, trial
-from moepatch.layers.attention import kind as attention_kind
 from moepatch.match import experts as match_experts
 
 #: A family for each table of backends that serves on the CPU.
@@ -139,8 +138,7 @@ def test_where_no_backend_fits_the_pattern_keeps_the_familys_code(monkeypatch):
 
 def test_the_attention_function(monkeypatch):
     """It is patched through the configuration, and tried as something that stands in its place."""
-    made = attention_kind.attention_function
-    monkeypatch.setattr(attention_kind, "attention_function", lambda backend: wrong(made(backend)) if backend == "torch" else made(backend))
+    monkeypatch.setitem(registry._LOADED, ("attention", "torch"), wrong(registry.compute("attention", "torch")))
     model = moepatch.optimize(zoo.build("qwen3_moe"))
     assert model.config._attn_implementation == "moepatch_reference"
     (pattern,) = of(moepatch.report(model).plan, "attention")
