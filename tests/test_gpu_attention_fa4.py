@@ -21,7 +21,7 @@ from transformers import masking_utils
 
 import moepatch
 from moepatch.layers import attention_block
-from moepatch.layers.attention import attention_mask, fa4, register
+from moepatch.layers.attention import attention_mask, fa4, register_names
 from moepatch.layers.attention.exact import plain_attention
 from moepatch.layers.attention.function import kernels
 from moepatch.layers.attention.kernel import How
@@ -138,7 +138,7 @@ def module_run(name, dtype, window, ours):
     seen = visible(x.shape[1], window).cuda()
     mask = torch.zeros(seen.shape, device="cuda", dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
     if ours:
-        register()
+        register_names()
         patch(model, "triton")
         model.config._attn_implementation = "moepatch_fa4"
         functions = masking_utils.causal_mask_function if window[0] < 0 else masking_utils.sliding_window_causal_mask_function(window[0] + 1)
