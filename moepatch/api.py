@@ -203,7 +203,17 @@ def report(model: nn.Module) -> Report:
     if patch is None:
         where = _elsewhere(model, "report") or " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
-    return patch.report
+    return replace(patch.report, notes=(*patch.report.notes, *words.changed(_changes(model))))
+
+
+def _changes(model: nn.Module) -> dict[str, list[tuple[str, bool]]]:
+    """By module what its family reads and what is, or was for a time, not as at the patch; and whether it still is not."""
+    watched = {fqn: module for fqn, module in model.named_modules() if isinstance(module, Patched)}
+    found = {}
+    for fqn, module in watched.items():
+        now = module.changes()
+        found[fqn] = [(str(change), change in now) for change in module.met()]
+    return found
 
 
 def _elsewhere(model: nn.Module, call: str) -> str:

@@ -44,6 +44,7 @@ class PatchedModel(Labelled, Patched):
     """A whole ``PreTrainedModel``: the class keeps its name (transformers writes it into ``architectures``), saving becomes safe."""
 
     keeps_name = True
+    unwatched = True
     _moepatch: ModelState
 
     def save_pretrained(self, save_directory, *args, **kwargs):

@@ -6,13 +6,17 @@ output recorders and shared references go on working, and undoing it is putting 
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
+
+from .reads import Reads
+from .watch import Change, Watch, watch
 
 
 class Patched:
@@ -23,11 +27,27 @@ class Patched:
 
     #: True if the patched class goes by the name of the class underneath, for classes whose name is data.
     keeps_name = False
+    #: True if what the mixin computes does not depend on what its family reads of the module.
+    unwatched = False
+    #: False if it takes weights of any shape.
+    reads_shapes = True
     _moepatch: Any
+    _moepatch_watch: Watch | None = None
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"[moepatch: {self._moepatch}]"]
         return ", ".join(part for part in parts if part)
+
+    def changes(self) -> tuple[Change, ...]:
+        """What of that which the family reads is not what it was at the patch: as long as there is something, the family's code computes."""
+        return () if self._moepatch_watch is None else self._moepatch_watch.changes(self)
+
+    def met(self) -> tuple[Change, ...]:
+        """Every change that there was so far."""
+        return () if self._moepatch_watch is None else tuple(self._moepatch_watch.said)
+
+    def leave_to_family(self) -> None:
+        """Is called before the family's code computes what has changed; raises where that code cannot."""
 
     def __reduce_ex__(self, protocol):
         # The class was made at run time and cannot be found by name: rebuild it from those that can.
@@ -72,7 +92,24 @@ def patched_class(mixin: type[Patched], base: type[nn.Module]) -> type[nn.Module
     """The subclass of `base` whose behaviour `mixin` overrides; one class for each pair."""
     name = base.__name__ if mixin.keeps_name else f"Patched{base.__name__}"
     described = {"__module__": base.__module__, "__qualname__": name, "__doc__": base.__doc__, "_moepatch_parts": (mixin, base)}
+    if not mixin.unwatched:
+        described["forward"] = _watched(mixin)
     return _MADE.get(base, mixin, lambda: type(name, (mixin, base), described))
+
+
+def _watched(mixin: type[Patched]) -> Callable[..., Any]:
+    """The forward of a mixin, as long as nothing has changed that the family reads."""
+    ours = mixin.forward
+
+    @functools.wraps(ours)
+    def forward(self, *args, **kwargs):
+        watch = self._moepatch_watch
+        if watch is None or not watch.changed(self):
+            return ours(self, *args, **kwargs)
+        self.leave_to_family()
+        return super(mixin, self).forward(*args, **kwargs)
+
+    return forward
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -97,7 +134,10 @@ def _unpatched(cls: type) -> type:
 def is_bare(module: nn.Module) -> bool:
     """Whether not calling a module's ``__call__``, but computing what it does, leaves nothing out."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and "forward" not in module.__dict__
+    if hooked or "forward" in module.__dict__:
+        return False
+    watch = module._moepatch_watch if isinstance(module, Patched) else None
+    return watch is None or not watch.changed(module)
 
 
 @dataclass
@@ -158,6 +198,32 @@ class ReplaceState:
         """Puts the earlier mixin and state back."""
         if self.before is not None:
             self.module.__class__, self.module._moepatch = self.before
+
+
+@dataclass
+class WatchModule:
+    """The step that has a patched module notice what changes of that which its family reads.
+
+    Attributes:
+        module: a patched module.
+        followed: what it reads itself, see `watch`.
+        inside: whether the patch knows something of children.
+        memo: shared by the modules of a model.
+    """
+
+    module: Patched
+    followed: Collection[str]
+    inside: bool
+    memo: dict[type, Reads]
+
+    def do(self) -> None:
+        """Writes down what is read, as it is now."""
+        module = self.module
+        vars(module)["_moepatch_watch"] = watch(module, original_class(module), Patched, self.followed, self.inside, module.reads_shapes, self.memo)
+
+    def undo(self) -> None:
+        """Forgets it."""
+        vars(self.module).pop("_moepatch_watch", None)
 
 
 class Step(Protocol):

@@ -21,7 +21,7 @@ from ..errors import MoePatchError
 from ..layout.experts import Weight
 from ..layout.ops import Flatten, Stack, Unflatten
 from ..surgery import Patched, ReplaceState, Step
-from .module import ExpertsState, PatchedExperts
+from .module import ExpertsState, PatchedExperts, cannot_follow
 from .spec import ExpertsSpec
 
 
@@ -85,6 +85,14 @@ class PatchedExpertListBlock(Patched):
     """Takes ``hidden_states [..., H]``."""
 
     _moepatch: ExpertListState
+
+    def leave_to_family(self) -> None:
+        """Raises: the family's code calls experts that are stacked now.
+
+        Raises:
+            MoePatchError: always.
+        """
+        raise MoePatchError(cannot_follow(self, "its own code calls experts one by one, and they are stacked into one weight"))
 
     def forward(self, hidden_states):
         """See the class."""

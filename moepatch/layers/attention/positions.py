@@ -32,6 +32,7 @@ class CountedPositions(Patched):
     """A model that asks for attention masks. Its class keeps its name, its forward its signature."""
 
     keeps_name = True
+    unwatched = True
     _moepatch: str
 
     def __setstate__(self, state: dict[str, Any]) -> None:
