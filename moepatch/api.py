@@ -208,11 +208,11 @@ def report(model: nn.Module) -> Report:
 
 def _changes(model: nn.Module) -> dict[str, list[tuple[str, bool]]]:
     """By module what its family reads and what is, or was for a time, not as at the patch; and whether it still is not."""
-    watched = {fqn: module for fqn, module in model.named_modules() if isinstance(module, Patched)}
     found = {}
-    for fqn, module in watched.items():
-        now = module.changes()
-        found[fqn] = [(str(change), change in now) for change in module.met()]
+    for fqn, module in model.named_modules():
+        if isinstance(module, Patched):
+            now = module.changes()
+            found[fqn or "the model"] = [(str(change), change in now) for change in module.met()]
     return found
 
 

@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
 
 from .checkpoint import ModelState, PatchedModel
+from .choice import PatchedPart
 from .errors import NothingMatched, NumericMismatch
+from .experts.module import PatchedExperts
 from .kinds import KINDS
 from .match.experts import implementation
 from .measure import by_time
@@ -189,6 +192,9 @@ def apply_models(model: nn.Module, journal: Journal) -> None:
     count = len(journal.steps)
     for pretrained in outermost_pretrained(model).values():
         journal.do(InjectClass(pretrained, PatchedModel, ModelState(count)))
+        for part in pretrained.modules():
+            if part is not pretrained and isinstance(part, PreTrainedModel) and any(isinstance(m, PatchedExperts) for m in part.modules()):
+                journal.do(InjectClass(part, PatchedPart, "experts"))
 
 
 def relayout(model: nn.Module, plan: Plan, journal: Journal) -> None:

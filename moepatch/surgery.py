@@ -107,7 +107,7 @@ def _watched(mixin: type[Patched]) -> Callable[..., Any]:
         if watch is None or not watch.changed(self):
             return ours(self, *args, **kwargs)
         self.leave_to_family()
-        return super(mixin, self).forward(*args, **kwargs)
+        return super(Patched, self).forward(*args, **kwargs)
 
     return forward
 
@@ -219,7 +219,7 @@ class WatchModule:
     def do(self) -> None:
         """Writes down what is read, as it is now."""
         module = self.module
-        vars(module)["_moepatch_watch"] = watch(module, original_class(module), Patched, self.followed, self.inside, module.reads_shapes, self.memo)
+        vars(module)["_moepatch_watch"] = watch(module, original_class, Patched, self.followed, self.inside, module.reads_shapes, self.memo)
 
     def undo(self) -> None:
         """Forgets it."""

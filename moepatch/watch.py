@@ -174,6 +174,13 @@ class Watch:
         child = module._modules.get(path) if path else module
         return child if not path or isinstance(child, self.types[path]) else None
 
+    def _stands_in(self, module: nn.Module, name: str) -> bool:
+        """Whether a child does what the one did that the patch knows: it is of that class, or wraps a weight of that shape, as adapters do."""
+        if self._owner(module, name) is not None:
+            return True
+        shape = next((entry.value for entry in self.entries if entry.path == name and entry.name == "weight" and entry.kind == "shape"), None)
+        return shape is not None and getattr(getattr(module._modules.get(name), "weight", None), "shape", None) == shape
+
     def _bind(self, module: nn.Module) -> _Bound:
         question, found = _Question(), []
         for entry in self.entries:
@@ -202,6 +209,8 @@ class Watch:
                 if isinstance(now, (list, dict, set)) and entry.value is not Followed:
                     question.ask("{} == {}", now, copy.copy(now))
                 differs = not _same(now, entry.value, entry.kind == "choice")
+                if entry.kind == "child" and entry.value is Followed and not self._stands_in(module, entry.name):
+                    entry, differs = entry._replace(value=self.types[entry.name]), True
             if differs:
                 found.append(_change(entry, now))
         return _Bound(module, question.function(), tuple(dict.fromkeys(found)))
@@ -277,6 +286,8 @@ def _in_words(value: Any) -> str:
         return "not there"
     if isinstance(value, nn.Module):
         return type(value).__name__
+    if isinstance(value, type):
+        return value.__name__
     if callable(value):
         return "another function" if not hasattr(value, "__qualname__") else f"{value.__module__}.{value.__qualname__}"
     text = repr(value)
@@ -286,36 +297,44 @@ def _in_words(value: Any) -> str:
 # --- what is watched -----------------------------------------------------------------------------------------------------------------
 
 
-def watch(module: nn.Module, cls: type, patched: type, followed: Collection[str], inside: bool, shapes: bool, memo: dict[type, Reads]) -> Watch:
+def watch(
+    module: nn.Module,
+    family: Callable[[nn.Module], type],
+    patched: type,
+    followed: Collection[str],
+    inside: bool,
+    shapes: bool,
+    memo: dict[type, Reads],
+) -> Watch:
     """The watch of a module as it is now.
 
     Args:
         module: patched or not.
-        cls: its family's class.
-        patched: the class of children that have a watch of their own.
+        family: gives the class that a module had before it was patched.
+        patched: the class of modules that have a watch of their own.
         followed: names of attributes and config values that the patched module reads itself.
         inside: whether what the patch knows may come from children.
         shapes: whether it may come from the shapes of weights.
         memo: what classes read, shared by the modules of a model.
     """
-    entries = list(_of_part(module, cls, "", followed, memo))
+    entries = list(_of_part(module, family(module), "", followed, memo))
     types: dict[str, type] = {}
-    parts = {"": module, **{name: child for name, child in module._modules.items() if inside and child is not None}}
-    for name, child in module._modules.items() if inside else ():
+    parts = {"": module}
+    for name, child in module._modules.items():
         if child is None:
             entries.append(Entry("child", "", None, name, None))
             continue
-        types[name] = type(child)
+        types[name] = family(child)
         # What has weights is called by patched modules, or looked at; an activation is known from the patch alone.
         known = next(child.parameters(), None) is None
         entries.append(Entry("child", "", None, name, child if known else Followed))
-        if not isinstance(child, patched):
+        if inside and not isinstance(child, patched):
+            parts[name] = child
             entries += _of_part(child, type(child), name, followed, memo)
             entries += [Entry("hooks", name, None, hooks, None) for hooks in _HOOKS] if known else []
             entries += [Entry("attribute", name, None, "forward", Absent)] if known else []
     for path, part in parts.items() if shapes else ():
-        if not path or not isinstance(part, patched):
-            entries += [Entry("shape", path, None, name, p.shape) for name, p in part._parameters.items() if p is not None]
+        entries += [Entry("shape", path, None, name, p.shape) for name, p in part._parameters.items() if p is not None]
     everywhere = ("class", "global", "registered", "registry")  # the same, whichever part of the module reads it
     once = {(e.kind, None if e.kind in everywhere else e.path, id(e.via) if e.kind in everywhere else e.via, e.name): e for e in reversed(entries)}
     return Watch(tuple(reversed(once.values())), types)
