@@ -38,6 +38,4 @@ def _chosen(model: PreTrainedModel, asked: str | dict[str, str]) -> Iterator[tup
 class PatchedPart(Choosing, Patched):
     """A ``PreTrainedModel`` inside a patched one."""
 
-    keeps_name = True
-    unwatched = True
     _moepatch: str

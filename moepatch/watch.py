@@ -205,6 +205,8 @@ class Watch:
             else:
                 scope = _SCOPES[entry.kind](owner, entry.via)
                 now = scope.get(entry.name, Absent)
+                if entry.kind == "choice" and (now,) == entry.value:  # unpickled, and nobody has chosen
+                    entry, now = self._adopted(entry, scope)
                 question.ask(*((f"{entry.name!r} not in {{}}", scope) if now is Absent else (f"{{}}[{entry.name!r}] is {{}}", scope, now)))
                 if isinstance(now, (list, dict, set)) and entry.value is not Followed:
                     question.ask("{} == {}", now, copy.copy(now))
@@ -214,6 +216,12 @@ class Watch:
             if differs:
                 found.append(_change(entry, now))
         return _Bound(module, question.function(), tuple(dict.fromkeys(found)))
+
+    def _adopted(self, entry: Entry, scope: dict[str, Any]) -> tuple[Entry, str]:
+        now = scope[entry.name] = marked(scope[entry.name])
+        adopted = entry._replace(value=now)
+        self.entries = tuple(adopted if other is entry else other for other in self.entries)
+        return adopted, now
 
     def _traced(self, module: nn.Module) -> bool:
         """As `changed`, in steps that torch.compile can follow, so that it guards what they read."""
@@ -233,8 +241,11 @@ class Watch:
     def __getstate__(self) -> dict[str, Any]:
         # Functions are those of the process that loads the module, and where things lie is for it to find out.
         kept = []
+        module = self._bound and self._bound.module
         for entry in self.entries:
-            if entry.kind == "global":
+            if entry.kind == "choice" and (module is None or _SCOPES["choice"](self._owner(module, entry.path), entry.via).get(entry.name) is entry.value):
+                kept.append(entry._replace(value=(entry.value,)))  # which object it is a pickle does not say
+            elif entry.kind == "global":
                 kept.append(entry._replace(via=entry.via.__name__, value=None))
             elif entry.kind not in ("registered", "registry"):
                 kept.append(entry._replace(value=None) if entry.kind == "class" else entry)
@@ -394,14 +405,13 @@ def _of_config(config: Any, names: frozenset[str], followed: Collection[str]) ->
 def _of_choice(config: Any, path: str, via: str, reads: Reads) -> Iterator[Entry]:
     """Which function computes experts: whoever sets it, and be it to what it is, has chosen; and what that function is."""
     name = vars(config)[EXPERTS_CHOICE]
-    if name is sys.intern(name):
-        name = vars(config)[EXPERTS_CHOICE] = mark(name)
+    name = vars(config)[EXPERTS_CHOICE] = marked(name)
     yield Entry("choice", path, via, EXPERTS_CHOICE, name)
     for registry in (registry for registry in reads.registries if name in registry):
         for kind, table in (("registered", registry._local_mapping), ("registry", registry._global_mapping)):
             yield Entry(kind, path, registry, str(name), table.get(name, Absent))
 
 
-def mark(name: str) -> str:
-    """An equal string that is another object, so that it shows if somebody sets the value again."""
-    return "".join(list(name))
+def marked(name: str) -> str:
+    """An equal string that is another object than those that code and `sys.intern` have, so that it shows if somebody sets the value again."""
+    return "".join(list(name)) if name is sys.intern(name) else name

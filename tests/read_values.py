@@ -125,7 +125,7 @@ class Spy:
 
 def patched_names(model: nn.Module) -> set[str]:
     """Names of the modules in a patched model whose forward is moepatch's."""
-    return {name for name, m in model.named_modules() if isinstance(m, Patched) and not m.unwatched}
+    return {name for name, m in model.named_modules() if isinstance(m, Patched) and m._moepatch_watch is not None}
 
 
 def reads(name: str, plain: nn.Module, patched: nn.Module) -> list[Read]:

@@ -41,6 +41,13 @@ class PatchedShardedExperts(PatchedExperts):
 
     _moepatch: ShardedState
 
+    def traced(self, family, own, args, kwargs):
+        """Refuses: the family's code knows of no other ranks."""
+        raise MoePatchError(
+            f"{type(self).__name__}: torch.func transforms and torch.jit.trace cannot look through experts that are spread over {self._moepatch.ranks} ranks. "
+            "Call moepatch.restore(model) first, or use them on a model that was optimized without a mesh."
+        )
+
     def leave_to_family(self) -> None:
         """Raises: a family's code needs all experts, and this rank has its share.
 
