@@ -281,18 +281,19 @@ class WatchModule:
         module: a patched module.
         followed: what it reads itself, see `watch`.
         inside: whether the patch knows something of children.
-        memo: shared by the modules of a model.
+        memo: shared by the modules of a model; not kept.
     """
 
     module: Patched
     followed: Collection[str]
     inside: bool
-    memo: dict[type, Reads]
+    memo: dict[type, Reads] | None
 
     def do(self) -> None:
         """Writes down what is read, as it is now."""
         module = self.module
         vars(module)["_moepatch_watch"] = watch(module, original_class, Patched, self.followed, self.inside, module.reads_shapes, self.memo)
+        self.memo = None
 
     def undo(self) -> None:
         """Forgets it."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import sys
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig
 
 import moepatch
-from moepatch.surgery import Patched
+from moepatch.surgery import Patched, original_class
 
 _OWN = frozenset(vars(nn.Module())) | {"forward", "config"}
 #: What decides how a call is made, and not what it computes.
@@ -155,7 +154,7 @@ def other(value: Any) -> Any:
     if isinstance(value, float):
         return value * 1.5 + 0.01
     if isinstance(value, nn.Module):
-        return nn.Tanh() if next(value.parameters(), None) is None else nn.Identity()
+        return nn.Tanh() if next(value.parameters(), None) is None else nn.Identity() if "Norm" in type(value).__name__ else Wrapped(value)
     if isinstance(value, FunctionType) or callable(value) and not isinstance(value, type):
         return scaled(value)
     if isinstance(value, (tuple, list)) and len(value) > 1:
@@ -163,10 +162,21 @@ def other(value: Any) -> Any:
     return value
 
 
+class Wrapped(nn.Module):
+    """A module around another one, as adapters are, whose result is a little larger."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        """See the class."""
+        return scaled(self.inner)(*args, **kwargs)
+
+
 def scaled(function: Callable) -> Callable:
     """A function whose floating results are a little larger."""
 
-    @functools.wraps(function)
     def made(*args, **kwargs):
         return tree_map(lambda t: t * 1.25 if isinstance(t, torch.Tensor) and t.is_floating_point() else t, function(*args, **kwargs))
 
@@ -190,7 +200,7 @@ def changed(read: Read, models: list[nn.Module]) -> Iterator[bool]:
 def _holders(read: Read, model: nn.Module) -> list[Any]:
     if read.kind == "function":
         return [sys.modules[read.owner]]
-    parts = [(m, m.__class__) for m in model.modules()]
+    parts = [(m, original_class(m)) for m in model.modules()]
     if read.kind == "config":
         configs = {id(c): c for m, _ in parts for c in vars(m).values() if isinstance(c, PreTrainedConfig) and type(c).__name__ == read.owner}
         return list(configs.values())

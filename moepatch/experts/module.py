@@ -59,6 +59,9 @@ class PatchedExperts(Patched):
 
     def forward(self, *args, **kwargs):
         """See the class; keywords go by the family's own names."""
+        if len(args) + len(kwargs) == 1:  # a scored block that leaves its work to the family calls its experts as the family does
+            self.leave_to_family()
+            return super().forward(*args, **kwargs)
         if kwargs:
             args = inspect.signature(original_class(self).forward).bind(self, *args, **kwargs).args[1:]
         hidden_states, topk_ids, topk_weights = args
@@ -92,8 +95,9 @@ def _is_stacked(module: nn.Module) -> bool:
 
 def cannot_follow(module: Patched, why: str) -> str:
     """The words for a change that neither moepatch nor the family's code can compute with."""
+    what = "; ".join(map(str, module.changes())) or "the block around it runs the family's code, because something in it has changed"
     return (
-        f"{type(module).__name__}: {'; '.join(map(str, module.changes()))}. This cannot be followed: {why}. "
+        f"{type(module).__name__}: {what}. This cannot be followed: {why}. "
         "Change it back, or call moepatch.restore(model), change it there, and patch the model again."
     )
 
