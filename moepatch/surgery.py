@@ -107,11 +107,11 @@ def _guarded(mixin: type[Patched], forward: Callable[..., Any]) -> Callable[...,
 
     @functools.wraps(forward)
     def guarded(self, *args, **kwargs):
-        watch = self._moepatch_watch
-        if watch is not None and watch.changed(self):
+        compiling, watch = torch.compiler.is_compiling(), self._moepatch_watch
+        if watch is not None and (watch.changed_in_graph(self) if compiling else watch.changed(self)):
             self.leave_to_family()
             return super(Patched, self).forward(*args, **kwargs)
-        if _transforms() or _traces():
+        if not compiling and (_transforms() or _traces()):
             return self.traced(super(mixin, self).forward, functools.partial(forward, self), args, kwargs)
         return forward(self, *args, **kwargs)
 
@@ -120,7 +120,7 @@ def _guarded(mixin: type[Patched], forward: Callable[..., Any]) -> Callable[...,
 
 def is_traced() -> bool:
     """Whether a ``torch.func`` transform or ``torch.jit.trace`` is at work on this thread, for which modules run their family's code."""
-    return _transforms() or _traces()
+    return not torch.compiler.is_compiling() and (_transforms() or _traces())
 
 
 class MadeClasses:
@@ -210,7 +210,7 @@ def is_bare(module: nn.Module) -> bool:
     if hooked or "forward" in module.__dict__:
         return False
     watch = module._moepatch_watch if isinstance(module, Patched) else None
-    return watch is None or not watch.changed(module)
+    return watch is None or not (watch.changed_in_graph(module) if torch.compiler.is_compiling() else watch.changed(module))
 
 
 @dataclass

@@ -147,8 +147,6 @@ class Watch:
 
     def changed(self, module: nn.Module) -> bool:
         """Whether something is not what it was: what each call asks, for some tens of nanoseconds an entry."""
-        if torch.compiler.is_compiling():
-            return self._traced(module)
         bound = self._bound
         if bound is not None and bound.module is module:
             try:
@@ -223,7 +221,7 @@ class Watch:
         self.entries = tuple(adopted if other is entry else other for other in self.entries)
         return adopted, now
 
-    def _traced(self, module: nn.Module) -> bool:
+    def changed_in_graph(self, module: nn.Module) -> bool:
         """As `changed`, in steps that torch.compile can follow, so that it guards what they read."""
         for kind, path, via, name, value in self.entries:
             if kind not in ("attribute", "child", "config", "class", "global") or value is Followed or value is Absent or isinstance(value, (list, dict, set)):
