@@ -196,7 +196,7 @@ class InjectClass:
     Attributes:
         module: the module.
         mixin: what to put over its class, which may be a patched one.
-        state: becomes ``module._moepatch``.
+        state: becomes ``module._moepatch``; None: that of the patch underneath stays.
         before: the state of the patch underneath.
     """
 
@@ -209,7 +209,8 @@ class InjectClass:
         """Patches."""
         self.before = vars(self.module).get("_moepatch")
         cls = patched_class(self.mixin, type(self.module))
-        self.module._moepatch = self.state
+        if self.state is not None:
+            self.module._moepatch = self.state
         self.module.__class__ = cls
 
     def undo(self) -> None:
