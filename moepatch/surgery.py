@@ -19,7 +19,7 @@ from torch import nn
 
 from .pickling import reduced
 
-_transforms, _traces = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+_compiles, _transforms, _traces = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active, torch._C._is_tracing
 
 
 class Patched:
@@ -90,7 +90,7 @@ def _outside_of_tracers(mixin: type, forward: Callable[..., Any]) -> Callable[..
 
     @functools.wraps(forward)
     def outside(self, *args, **kwargs):
-        if _transforms() or _traces():
+        if not _compiles() and (_transforms() or _traces()):
             return self.traced(super(mixin, self).forward, functools.partial(forward, self), args, kwargs)
         return forward(self, *args, **kwargs)
 
@@ -99,7 +99,7 @@ def _outside_of_tracers(mixin: type, forward: Callable[..., Any]) -> Callable[..
 
 def is_traced() -> bool:
     """Whether a ``torch.func`` transform or ``torch.jit.trace`` is at work on this thread, for which modules run their family's code."""
-    return _transforms() or _traces()
+    return not _compiles() and (_transforms() or _traces())
 
 
 class MadeClasses:
