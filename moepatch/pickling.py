@@ -85,7 +85,7 @@ def reduced(module: nn.Module, parts: tuple[tuple[type, ...], type[nn.Module]]) 
     ordinary = OrderedDict((key, value) for key, value in state.items() if not key.startswith(OURS))
     # An attribute beside the items: whoever sets the ordinary state sees the items alone.
     ordinary.moepatch = packed((mixins, {key: value for key, value in state.items() if key.startswith(OURS)}))
-    return operator.methodcaller("__new__", cls), (cls,), ordinary, None, None, _if_imported("revive", cls.__setstate__)
+    return operator.methodcaller("__new__", cls), (cls,), ordinary, None, None, _if_imported("revive", _Result(getattr, cls, "__setstate__"))
 
 
 def revive(module: nn.Module, state: OrderedDict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from .pickling import reduced
 from .reads import Reads
 from .watch import Change, Watch, watch
 
-_transforms, _traces = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+_compiles, _transforms, _traces = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active, torch._C._is_tracing
 
 
 class Patched:
@@ -30,6 +30,8 @@ class Patched:
     The instance attribute ``_moepatch`` holds the patch's state, a plain value without modules or tensors.
     """
 
+    #: False if the mixin only stands around a forward: the one underneath says whether something has changed that its family reads.
+    stands_aside = True
     #: False if it takes weights of any shape.
     reads_shapes = True
     _moepatch: Any
@@ -107,8 +109,8 @@ def _guarded(mixin: type[Patched], forward: Callable[..., Any]) -> Callable[...,
 
     @functools.wraps(forward)
     def guarded(self, *args, **kwargs):
-        compiling, watch = torch.compiler.is_compiling(), self._moepatch_watch
-        if watch is not None and (watch.changed_in_graph(self) if compiling else watch.changed(self)):
+        compiling, watch = _compiles(), self._moepatch_watch
+        if watch is not None and mixin.stands_aside and (watch.changed_in_graph(self) if compiling else watch.changed(self)):
             self.leave_to_family()
             return super(Patched, self).forward(*args, **kwargs)
         if not compiling and (_transforms() or _traces()):
@@ -120,7 +122,7 @@ def _guarded(mixin: type[Patched], forward: Callable[..., Any]) -> Callable[...,
 
 def is_traced() -> bool:
     """Whether a ``torch.func`` transform or ``torch.jit.trace`` is at work on this thread, for which modules run their family's code."""
-    return not torch.compiler.is_compiling() and (_transforms() or _traces())
+    return not _compiles() and (_transforms() or _traces())
 
 
 class MadeClasses:
@@ -210,7 +212,7 @@ def is_bare(module: nn.Module) -> bool:
     if hooked or "forward" in module.__dict__:
         return False
     watch = module._moepatch_watch if isinstance(module, Patched) else None
-    return watch is None or not (watch.changed_in_graph(module) if torch.compiler.is_compiling() else watch.changed(module))
+    return watch is None or not (watch.changed_in_graph(module) if _compiles() else watch.changed(module))
 
 
 @dataclass
@@ -220,7 +222,7 @@ class InjectClass:
     Attributes:
         module: the module.
         mixin: what to put over its class, which may be a patched one.
-        state: becomes ``module._moepatch``.
+        state: becomes ``module._moepatch``; None: that of the patch underneath stays.
         before: the state of the patch underneath.
     """
 
@@ -233,7 +235,8 @@ class InjectClass:
         """Patches."""
         self.before = vars(self.module).get("_moepatch")
         cls = patched_class(self.mixin, type(self.module))
-        self.module._moepatch = self.state
+        if self.state is not None:
+            self.module._moepatch = self.state
         self.module.__class__ = cls
 
     def undo(self) -> None:
