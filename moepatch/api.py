@@ -19,6 +19,7 @@ from .check import check_model, check_plan
 from .dispatch.base import Dispatcher
 from .errors import LeftAlone, MoePatchError, NothingMatched, PlanMismatch
 from .kinds import KINDS
+from .layers.attention.sight import choices
 from .match.attention_function import left_alone
 from .measure import agreed, fastest, is_measured
 from .parallel.agree import together
@@ -214,6 +215,9 @@ def _changes(model: nn.Module) -> dict[str, list[tuple[str, bool]]]:
         if isinstance(module, Patched):
             now = module.changes()
             found[fqn or "the model"] = [(str(change), change in now) for change in module.met()]
+    for choice in choices(model):
+        now = choice.changes()
+        found["attention"] = [(str(change), change in now) for change in (() if choice.watch is None else choice.watch.said)]
     return found
 
 

@@ -53,8 +53,16 @@ def family_classes(cls: type) -> list[type]:
 def reads_of(cls: type) -> Reads:
     """What the forward of a class may read, with everything that it calls by name."""
     bases = family_classes(cls)
-    files = {base.__module__ for base in bases}
-    todo = [(function, True) for base in bases for function in functions_in(vars(base).get("forward"))]
+    return _reads([f for base in bases for f in functions_in(vars(base).get("forward"))], bases, {base.__module__ for base in bases})
+
+
+def reads_of_function(function: FunctionType) -> Reads:
+    """What a function may read, with everything that it calls by name."""
+    return _reads([function], [], {str(function.__globals__.get("__name__"))})
+
+
+def _reads(starts: list[FunctionType], bases: list[type], files: set[str]) -> Reads:
+    todo = [(function, True) for function in starts]
     seen: dict[int, FunctionType] = {}
     names: set[str] = set()
     off: dict[str, frozenset[str]] = {}
