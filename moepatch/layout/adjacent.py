@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+
+from ..once import once_differentiable
 
 
 #: The buffers that `side_by_side` has made, by the address of their first byte.
