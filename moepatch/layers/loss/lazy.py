@@ -67,6 +67,7 @@ class Lazy(Tensor):
         return found if self.grad_fn is None else found.replace(f"grad_fn=<{_Ordinary.__name__}Backward>", f"grad_fn=<{self.grad_fn.name()}>")
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _MEMORY:
@@ -75,6 +76,7 @@ class Lazy(Tensor):
             return _torchs_own(func)(*args, **kwargs)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for lazy in args[:2]:
