@@ -186,6 +186,27 @@ def test_in_fp16_small_gradients_survive_until_the_loss_is_scaled():
     assert all(compare.error(a, t) <= max(1.5 * compare.error(z, t), 1e-4) for a, z, t in zip(ours, theirs, truth, strict=True))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [512, 4096])
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("factor", [2.0**-10, 1.0, 2.0**10])
+def test_in_fp16_sums_are_divided_before_they_are_rounded(factor, mean, rows, bias):
+    """Finite wherever plain logits are, and as near to the truth: 4,096 rows that all say the same have a sum that fp16 cannot hold."""
+    g = torch.Generator().manual_seed(0)
+    x = (40 + 0.1 * torch.randn(4096, 32, generator=g)).half().requires_grad_()
+    w = (0.002 * torch.randn(64, 32, generator=g)).half().requires_grad_()
+    b = torch.zeros(64).half().requires_grad_() if bias else None
+    labels = torch.full((4096,), 7)
+    formula, factor = Formula(mean=mean), factor if mean else factor / 4096
+    exact = [t if t is None else t.detach().double().requires_grad_() for t in (x, w, b)]
+    truth = gradients(reference(*exact, labels, formula) * factor, *exact)
+    theirs = gradients(reference(x, w, b, labels, formula) * factor, x, w, b)
+    ours = gradients(linear_cross_entropy(x, w, b, labels, formula, workspace=rows * 64 * 2) * factor, x, w, b)
+    for a, z, true in zip(ours, theirs, truth, strict=True):
+        if z.isfinite().all():
+            assert a.isfinite().all() and compare.error(a, true) <= max(1.5 * compare.error(z, true), 1e-3)
+
+
 @pytest.mark.parametrize(("tokens", "vocab"), [(16384, 151936), (4096, 151936), (8192, 262144), (100, 151936), (16384, 32000), (5000, 50257)])
 def test_chunks_fit_into_the_buffer_and_are_even(tokens, vocab):
     rows = chunk_rows(tokens, vocab, 2, WORKSPACE)
