@@ -25,6 +25,7 @@ from .parallel.agree import together
 from .parallel.apply import Dispatch, choose_dispatch, why_whole
 from .parallel.memory import why_not_whole
 from .parallel.mesh import in_order
+from .pickling import OnOthers
 from .plainly import runs_plainly
 from .planning import Plan
 from .regional import layer_graphs
@@ -36,7 +37,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
-class _Patch:
+class _Patch(OnOthers):
     """What stays with a patched model. Plain attributes, so that deepcopy and pickle follow the references to modules."""
 
     report: Report

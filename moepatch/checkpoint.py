@@ -41,9 +41,8 @@ class ModelState:
 
 
 class PatchedModel(Labelled, Patched):
-    """A whole ``PreTrainedModel``: the class keeps its name (transformers writes it into ``architectures``), saving becomes safe."""
+    """A whole ``PreTrainedModel``, whose saving becomes safe."""
 
-    keeps_name = True
     _moepatch: ModelState
 
     def save_pretrained(self, save_directory, *args, **kwargs):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ..errors import MoePatchError
+from ..layout.adjacent import own_storage
 from ..layout.experts import Weight
 from ..layout.ops import Flatten, Stack, Unflatten
 from ..surgery import Patched, ReplaceState, Step
@@ -85,6 +86,10 @@ class PatchedExpertListBlock(Patched):
     """Takes ``hidden_states [..., H]``."""
 
     _moepatch: ExpertListState
+
+    def traced(self, family, own, args, kwargs):
+        """As `Patched.traced`: the family's loop over a list would find it empty."""
+        return own(*args, **kwargs)
 
     def forward(self, hidden_states):
         """See the class."""
@@ -219,7 +224,8 @@ def _children_names(weights: Mapping[str, Weight], module: nn.Module, state_dict
             each = len(weight.names) // experts
             paths = [path for e in owned for path in weight.names[e * each : (e + 1) * each]]
             for path, part in zip(paths, local.flatten(0, 1).chunk(len(paths)) if paths else (), strict=True):
-                state_dict[prefix + path] = part
+                looks = part.requires_grad or part.is_meta  # of ``keep_vars=True``, or without memory
+                state_dict[prefix + path] = part if looks else own_storage(part)
 
 
 def _stacked_names(weights: Mapping[str, Weight], module: nn.Module, state_dict: dict, prefix: str, *unused) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..autocast import autocast_dtype
 from ..registry import compute
-from ..surgery import Patched, original_class
+from ..surgery import Patched, is_traced, original_class
 from .spec import ExpertsSpec, ExpertWeights
 
 
@@ -64,12 +64,21 @@ class PatchedExperts(Patched):
         # No view that changes nothing: FSDP2 hangs its hook on what is returned, and on a view it is lost if the family adds to it in place.
         return y_TH if y_TH.shape == hidden_states.shape else y_TH.view(hidden_states.shape)
 
+    def traced(self, family, own, args, kwargs):
+        """As `Patched.traced`; stacked lists have no code of the family's any more, and compute with the reference."""
+        return (own if _is_stacked(self) else family)(*args, **kwargs)
+
     def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None, ranks: int = 1) -> Tensor:
         """The experts' weighted sum, in the dtype of `x_TH`; `rows` and `ranks` as in `ExpertWeights`."""
         spec = self._moepatch.spec
         weights = ExpertWeights(self, spec, own_gate(self, spec), x_TH.dtype, rows, ranks)
-        run = compute("experts", self._moepatch.backend)
+        run = compute("experts", "reference" if is_traced() else self._moepatch.backend)
         return run(x_TH, topk_ids_TK, topk_weights_TK, weights)
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether the experts were a list, which can only be called because they are patched."""
+    return issubclass(original_class(module), (nn.ModuleList, nn.ModuleDict))
 
 
 def own_gate(module: nn.Module, spec: ExpertsSpec):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch.base import Dispatcher
+from ..errors import MoePatchError
 from ..experts.module import ExpertsState, PatchedExperts
 
 
@@ -39,6 +40,13 @@ class PatchedShardedExperts(PatchedExperts):
     """
 
     _moepatch: ShardedState
+
+    def traced(self, family, own, args, kwargs):
+        """Refuses: the family's code knows of no other ranks."""
+        raise MoePatchError(
+            f"{type(self).__name__}: torch.func transforms and torch.jit.trace cannot look through experts that are spread over {self._moepatch.ranks} ranks. "
+            "Call moepatch.restore(model) first, or use them on a model that was optimized without a mesh."
+        )
 
     def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None, ranks: int = 1) -> Tensor:
         state = self._moepatch
