@@ -6,6 +6,7 @@ gradients of the hidden states and of the weight, and the next chunk overwrites 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -60,11 +61,42 @@ def linear_cross_entropy(
         return _in_chunks(*tensors, labels_T, formula, wanted, workspace)[0]
 
 
+def with_gradients(
+    hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor, formula: Formula, wanted: tuple[bool, ...], workspace: int = WORKSPACE
+) -> tuple[Tensor, Callable[[Tensor], list[Tensor | None]]]:
+    """The loss without a graph, and what makes the gradients of hidden states, weight and bias (None where not wanted) out of the loss's gradient.
+
+    That may be called once: it writes into what the forward pass has made.
+    """
+    dtypes = [None if t is None else t.dtype for t in (hidden_TH, weight_VH, bias_V)]
+    with torch.no_grad(), torch.autocast(hidden_TH.device.type, enabled=False):
+        loss, divisor, *grads = _in_chunks(hidden_TH, weight_VH, bias_V, labels_T, formula, wanted, workspace)
+
+    def finish(grad: Tensor) -> list[Tensor | None]:
+        factor = grad
+        if formula.mean and divisor is None:
+            factor = grad / count_labels(labels_T, formula)
+        elif not formula.mean and divisor is not None:
+            factor = grad * divisor
+        found = []
+        for t, dtype in zip(grads, dtypes, strict=True):
+            if t is not None:
+                scale_in_place(t, factor)
+                t = t.to(dtype)  # sums over tokens may only now fit into fp16
+            found.append(t)
+        grads.clear()
+        return found
+
+    return loss, finish
+
+
+linear_cross_entropy.with_gradients = with_gradients
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH, weight_VH, bias_V, labels_T, formula, wanted, workspace):
-        with torch.autocast(hidden_TH.device.type, enabled=False):
-            loss, ctx.divisor, *ctx.grads = _in_chunks(hidden_TH, weight_VH, bias_V, labels_T, formula, wanted, workspace)
+        loss, ctx.finish = with_gradients(hidden_TH, weight_VH, bias_V, labels_T, formula, wanted, workspace)
         ctx.save_for_backward(hidden_TH, weight_VH, bias_V, labels_T)
         ctx.formula, ctx.wanted = formula, wanted
         return loss
@@ -72,18 +104,11 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         saved = ctx.saved_tensors  # raises torch's own error after a backward pass that did not retain the graph
-        grads, ctx.grads = ctx.grads, None
-        if grads is None or torch.is_grad_enabled():
+        finish, ctx.finish = ctx.finish, None
+        if finish is None or torch.is_grad_enabled():
             grads = _again(saved, ctx.formula, ctx.wanted, grad)
         else:
-            factor = grad
-            if ctx.formula.mean and ctx.divisor is None:
-                factor = grad / count_labels(saved[3], ctx.formula)
-            elif not ctx.formula.mean and ctx.divisor is not None:
-                factor = grad * ctx.divisor
-            for t in grads:
-                if t is not None:
-                    scale_in_place(t, factor)
+            grads = finish(grad)
         return *grads, None, None, None, None
 
 
@@ -126,16 +151,18 @@ def _in_chunks(hidden_TH, weight_VH, bias_V, labels_T, formula: Formula, wanted:
         if grad_V is not None:
             grad_V += z_CV.sum(0, dtype=grad_V.dtype)
     loss = loss_T.sum() if count is None else loss_T.sum() / count
-    return loss, divisor, grad_TH, grad_VH and grad_VH.result(), None if grad_V is None else grad_V.to(bias_V.dtype)
+    half = hidden_TH.dtype == torch.float16  # not divided yet: a sum over tokens may exceed what fp16 can hold
+    return loss, divisor, grad_TH, grad_VH and grad_VH.result(), grad_V if grad_V is None or half else grad_V.to(bias_V.dtype)
 
 
 class _Sum:
-    """The weight's gradient, a sum of products: in the weight's dtype if the terms are few, else in fp32."""
+    """The weight's gradient, a sum of products: in the weight's dtype if the terms are few, else in fp32. In fp16 the result is fp32 too."""
 
     def __init__(self, weight: Tensor, terms: int):
         self.dtype, self.terms = weight.dtype, terms
         # GEMMs from low precision to fp32 exist on CUDA; elsewhere the terms are widened.
-        self.wide = terms > ROUNDED_CHUNKS and weight.dtype in (torch.bfloat16, torch.float16)
+        self.half = weight.dtype == torch.float16
+        self.wide = self.half or (terms > ROUNDED_CHUNKS and weight.dtype == torch.bfloat16)
         self.value = torch.empty_like(weight, dtype=torch.float32 if self.wide else None, memory_format=torch.contiguous_format)
         self.empty = True
 
@@ -152,7 +179,7 @@ class _Sum:
 
     def result(self) -> Tensor:
         """The sum."""
-        return self.value.zero_() if self.empty else self.value.to(self.dtype)
+        return self.value.zero_() if self.empty else self.value if self.half else self.value.to(self.dtype)
 
 
 def chunk_rows(tokens: int, vocab: int, itemsize: int, workspace: int) -> int:

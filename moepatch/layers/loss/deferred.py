@@ -1,228 +1,179 @@
-"""Logits that are computed only if somebody looks at them.
+"""Logits that are computed only if somebody looks at them, and that autograd knows as what a head returns.
 
-`DeferredLogits` stands for the output of a head. It knows what the head was called with and follows what families do to logits before
-their loss: scaling, a softcap, a cast to fp32, cuts of the sequence, views. Its cross-entropy is the fused one. Anything else that is done
-to it is done to ordinary logits, which are then computed as the head would have: the same numbers, the same gradients.
+`DeferredLogits` come out of an autograd function of hidden states, weight and bias. They follow what families do to logits before their loss:
+scaling, a softcap, a cast to fp32, cuts of the sequence, views, copies. Their cross-entropy is the fused one. Any other operator finds
+ordinary logits, the numbers that the head would have returned; gradients flow back through the same graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
-from .chunked import Formula
-from .head import Head, expected_items
+from ...autocast import autocast_dtype
+from .gradient import DeferredGradient, Part, Prepared
+from .head import Compute, Head
+from .lazy import Lazy, Numbers, alike, is_view
+from .steps import Steps, follow
 
-
-@dataclass(frozen=True)
-class Steps:
-    """What was done to a head's output since, twice: as calls to repeat on ordinary logits, and as a formula over hidden states.
-
-    Attributes:
-        calls: functions of the logits.
-        hidden: the hidden states that belong to the present rows, ``[..., H]``.
-        scale, cap: the present values are ``scale·z``, or with a cap ``cap·tanh(scale·z)``.
-        tanh: whether a tanh has been applied (`cap` counts only then).
-        dtype: of the present values.
-    """
-
-    calls: tuple[Callable[[Tensor], Tensor], ...]
-    hidden: Tensor
-    dtype: torch.dtype
-    scale: float = 1.0
-    cap: float = 1.0
-    tanh: bool = False
-
-    def formula(self, ignore_index: int, mean: bool) -> Formula:
-        """The same as the loss wants it."""
-        scale, softcap = (self.scale * self.cap, self.cap) if self.tanh else (self.scale, None)
-        return Formula(ignore_index, scale, softcap, mean, None if mean else expected_items(self.hidden.device))
+aten = torch.ops.aten
+_CROSS_ENTROPY = F.cross_entropy
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
-class DeferredLogits(Tensor):
+class DeferredLogits(Lazy):
     """See the module's docstring. Made by `defer`."""
 
-    _head: Head
     _steps: Steps
-    _value: Tensor | None
-    _hooks: list
 
-    @staticmethod
-    def __new__(cls, head: Head, steps: Steps):
-        shape = (*steps.hidden.shape[:-1], head.weight.shape[0])
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=steps.dtype, device=steps.hidden.device, requires_grad=head.requires_grad)
-        made._head, made._steps, made._value, made._hooks = head, steps, None, []
+    @classmethod
+    def of(cls, steps: Steps, layout: tuple, numbers: Numbers) -> DeferredLogits:
+        """The values that these steps lead to; `layout` is their shape, strides and offset."""
+        made = cls._wrap(*layout, steps.dtype, steps.head.hidden.device, numbers)
+        made._steps = steps
         return made
+
+    def _follow(self, func, args, kwargs):
+        if args[0] is not self or (steps := follow(self._steps, func, args, kwargs)) is None:
+            return NotImplemented
+        numbers = self._numbers
+        if func not in (aten.detach.default, aten.alias.default):
+            view = is_view(func)
+
+            def make(*base):
+                return func(*(base or (self._numbers.fresh(),)), *args[1:], **kwargs)
+
+            numbers = Numbers(make, self._numbers if view else None)
+        return self.of(steps, alike(self, func, args, kwargs), numbers)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _FACTS:
+        if func is _CROSS_ENTROPY or func is F.cross_entropy:  # another one in its place has been called already, and called torch's own
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        first = args[0] if args else None
-        if isinstance(first, DeferredLogits) and func in _FOLLOWED and first._head.value is None:
-            followed = _FOLLOWED[func](*args, **kwargs)
-            if followed is not NotImplemented:
-                return followed
-        return func(*tree_map(_ordinary, args), **tree_map(_ordinary, kwargs))
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        # Reached only by code that goes around `__torch_function__`: collectives, for example. Autograd has been passed already.
-        def plain(leaf):
-            return _ordinary(leaf).detach() if isinstance(leaf, DeferredLogits) else leaf
-
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
-
-    def _then(self, call: Callable[[Tensor], Tensor], **changes: Any) -> DeferredLogits:
-        return DeferredLogits(self._head, replace(self._steps, calls=(*self._steps.calls, call), **changes))
+                return cross_entropy(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
-def defer(head: Head) -> DeferredLogits:
-    """The logits of a head that has not been computed."""
-    return DeferredLogits(head, Steps((), head.hidden, head.dtype))
+def defer(module: nn.Linear, hidden: Tensor, compute: Compute) -> DeferredLogits:
+    """The logits ``[..., V]`` of a head, which is not computed, of hidden states ``[..., H]``; `compute` is the fused loss."""
+    inputs = hidden, module.weight, module.bias
+    head = Head(module, inputs, compute)
+    return _Logits.apply(*inputs, head) if any(head.wants) else _logits(head)
 
 
-def _ordinary(leaf: Any) -> Any:
-    """The logits that a leaf stands for; other leaves as they are."""
-    if not isinstance(leaf, DeferredLogits):
-        return leaf
-    if leaf._value is None:
-        head = leaf._head
-        value = head.logits()
-        with torch.inference_mode(head.inference), torch.set_grad_enabled(head.grad):
-            for call in leaf._steps.calls:
-                value = call(value)
-        for hook in leaf._hooks if value.requires_grad else ():
-            value.register_hook(hook)
-        leaf._value = value
-    return leaf._value
+def _logits(head: Head) -> DeferredLogits:
+    steps = Steps(head, (*head.hidden.shape[:-1], head.weight.shape[0]), head.dtype)
+    strides = torch.empty(steps.shape, device="meta").stride()
+    return DeferredLogits.of(steps, (steps.shape, strides, 0), Numbers(head.logits))
 
 
-# What is followed. Each function has the arguments of the torch function that it stands for, and answers NotImplemented where it cannot.
+class _Logits(torch.autograd.Function):
+    """A head's output as a function of hidden states, weight and bias."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head):
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.set_materialize_grads(False)
+        ctx.head = head
+        return _logits(head)
+
+    @staticmethod
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors
+        if grad is None:
+            return None, None, None, None
+        taken, rest = [], grad
+        if isinstance(grad, DeferredGradient) and grad._steps.before is None and grad._steps.head is ctx.head and not torch.is_grad_enabled():
+            taken, rest = grad.take() or ([], grad)
+        if rest is not None:
+            taken = [*taken, _linear_backward(rest, *saved, ctx.head.dtype, ctx.needs_input_grad)]
+        return *(_sum(grads) for grads in zip(*taken, strict=True)), None
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float)
+def _sum(grads: tuple[Tensor | None, ...]) -> Tensor | None:
+    found = [grad for grad in grads if grad is not None]
+    return sum(found[1:], found[0]) if found else None
 
 
-def _times(x, other, *, out=None):
-    if not _number(other) or out is not None:
-        return NotImplemented
+def _linear_backward(grad, hidden, weight, bias, dtype: torch.dtype, wants) -> list[Tensor | None]:
+    """What torch's own linear layer hands back, bit for bit; differentiable."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        grad_TV = grad.reshape(-1, grad.shape[-1])
+        x_TH, w_VH = hidden.to(dtype).reshape(-1, hidden.shape[-1]), weight.to(dtype)
+        return [
+            (grad_TV @ w_VH).view(hidden.shape).to(hidden.dtype) if wants[0] else None,
+            (grad_TV.t() @ x_TH).to(weight.dtype) if wants[1] else None,
+            grad_TV.sum(0).to(bias.dtype) if wants[2] else None,
+        ]
+
+
+def cross_entropy(x, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0):
+    """``torch.nn.functional.cross_entropy``, where the logits or others of its arguments may be deferred."""
+    old = size_average is not None or reduce is not None
+    if isinstance(x, DeferredLogits) and not old and weight is None and label_smoothing == 0 and reduction in ("mean", "sum"):
+        steps = x._steps
+        fits = len(steps.shape) == 2 and type(target) is Tensor and target.dtype == torch.int64 and target.shape == steps.shape[:1]
+        if fits and target.device == x.device and not x._numbers.made and not steps.head.is_gone:
+            return _fused(x, target, ignore_index, reduction == "mean")
+    if old:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    return torch._C._nn.cross_entropy_loss(x, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
+
+
+def _fused(x: DeferredLogits, target: Tensor, ignore_index: int, mean: bool) -> Tensor:
     steps = x._steps
-    return x._then(lambda t: t * other, **({"cap": steps.cap * other} if steps.tanh else {"scale": steps.scale * other}))
+    formula = steps.formula(ignore_index, mean)
+    # autocast computes cross-entropy in fp32
+    wide = torch.promote_types(x.dtype, torch.float32) if autocast_dtype(x.device) is not None else x.dtype
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _CrossEntropy.apply(x, target, formula, wide)
+    return steps.head.loss(steps, target, formula)[0].to(wide)
 
 
-def _over(x, other, *, rounding_mode=None, out=None):
-    if not _number(other) or other == 0 or rounding_mode is not None or out is not None:
-        return NotImplemented
-    steps = x._steps
-    return x._then(lambda t: t / other, **({"cap": steps.cap / other} if steps.tanh else {"scale": steps.scale / other}))
+class _CrossEntropy(torch.autograd.Function):
+    """The fused loss as a function of deferred logits ``[T, V]``."""
+
+    @staticmethod
+    def forward(ctx, x, target, formula, wide):
+        ctx.save_for_backward(target)
+        loss, finish = x._steps.head.loss(x._steps, target, formula)
+        # Not saved as tensors are: hooks on what is saved would look at it. It is an input, so that nothing holds itself.
+        ctx.x, ctx.formula, ctx.wide, ctx.prepared, ctx.version = x, formula, wide, Prepared(finish), None if x.is_inference() else x._version
+        return loss.to(wide)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (target,) = ctx.saved_tensors  # raises torch's own error after a backward pass that did not retain the graph
+        x, formula, wide = ctx.x, ctx.formula, ctx.wide
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, target, grad), None, None, None
+        part = Part(ctx.prepared, grad, lambda: _gradient(x._numbers.fresh(), target, formula, wide, grad))
+        return DeferredGradient.of(x._steps, (part,)), None, None, None
 
 
-def _tanh(x, *, out=None):
-    if x._steps.tanh or out is not None:
-        return NotImplemented
-    return x._then(torch.tanh, tanh=True)
+def _gradient(logits_TV: Tensor, target: Tensor, formula, wide: torch.dtype, grad: Tensor) -> Tensor:
+    """The gradient of the cross-entropy of ordinary logits, as torch computes it. Below autograd, so by its operators."""
+    log_p_TV = aten._log_softmax(logits_TV.to(wide), 1, False)
+    count = (target != formula.ignore_index).sum().to(wide)
+    reduction = _REDUCTIONS["mean" if formula.mean else "sum"]
+    grad_TV = aten.nll_loss_backward(grad, log_p_TV, target, None, reduction, formula.ignore_index, count)
+    return aten._log_softmax_backward_data(grad_TV, log_p_TV, 1, wide).to(logits_TV.dtype)
 
 
-def _to(x, *args, **kwargs):
-    """Casts that lose nothing, and moves to where they are."""
-    wanted = [*args, *kwargs.values()]
-    if len(wanted) != 1 or not isinstance(wanted[0], torch.dtype | torch.device):
-        return NotImplemented
-    if wanted[0] in (x._steps.dtype, x._steps.hidden.device):
-        return x
-    if wanted[0] != torch.float32 or x._steps.dtype not in (torch.bfloat16, torch.float16):
-        return NotImplemented
-    return x._then(Tensor.float, dtype=torch.float32)
-
-
-def _float(x, memory_format=torch.preserve_format):
-    return _to(x, torch.float32)
-
-
-def _same(x, memory_format=torch.contiguous_format):
-    return x if memory_format == torch.contiguous_format else NotImplemented
-
-
-def _view(x, *shape, **others):
-    shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-    vocab, hidden = x._head.weight.shape
-    if others or not shape or not all(type(n) is int for n in shape) or shape[-1] != vocab:
-        return NotImplemented
-    return x._then(lambda t: t.reshape(shape), hidden=x._steps.hidden.reshape(*shape[:-1], hidden))
-
-
-def _cut(x, index):
-    """``[..., :-1, :]`` and its like: cuts that leave the vocabulary whole."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if not all(part is Ellipsis or type(part) is int or isinstance(part, slice) for part in parts) or parts.count(Ellipsis) > 1:
-        return NotImplemented
-    dims, named = x._steps.hidden.ndim, len(parts) - parts.count(Ellipsis)
-    reaches_last = named == dims or (Ellipsis in parts and parts[-1] is not Ellipsis)
-    if named > dims or (reaches_last and parts[-1 if parts[-1] is not Ellipsis else -2] != slice(None)):
-        return NotImplemented
-    return x._then(lambda t: t[index], hidden=x._steps.hidden[index])
-
-
-def _cross_entropy(x, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0):
-    steps, head = x._steps, x._head
-    plain = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum") and label_smoothing == 0
-    fits = steps.hidden.ndim == 2 and type(target) is Tensor and target.dtype == torch.int64 and target.shape == steps.hidden.shape[:1]
-    if not plain or not fits or target.device != steps.hidden.device or head.is_gone:
-        return NotImplemented
-    loss = head.compute(*head.operands(steps.hidden), target, steps.formula(ignore_index, reduction == "mean"))
-    return loss if head.autocast else loss.to(steps.dtype)  # autocast computes cross-entropy in fp32
-
-
-class _Handle:
-    """What `register_hook` of deferred logits returns."""
-
-    def __init__(self, hooks: list, hook: Callable):
-        self.hooks, self.hook = hooks, hook
-
-    def remove(self) -> None:
-        """Forgets the hook, if the logits were not computed meanwhile."""
-        if self.hook in self.hooks:
-            self.hooks.remove(self.hook)
-
-
-def _register_hook(x, hook):
-    """FSDP2 hangs one on every output: that must not make the logits."""
-    if x._value is not None or not x.requires_grad:
-        return NotImplemented
-    x._hooks.append(hook)
-    return _Handle(x._hooks, hook)
-
-
-_FOLLOWED: dict[Callable, Callable] = {
-    **dict.fromkeys((torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__), _times),
-    **dict.fromkeys((torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide, Tensor.true_divide, Tensor.__truediv__), _over),
-    **dict.fromkeys((torch.tanh, Tensor.tanh), _tanh),
-    **dict.fromkeys((Tensor.view, Tensor.reshape), _view),
-    Tensor.to: _to,
-    Tensor.type: _to,
-    Tensor.float: _float,
-    Tensor.contiguous: _same,
-    Tensor.__getitem__: _cut,
-    Tensor.register_hook: _register_hook,
-    F.cross_entropy: _cross_entropy,
-}
-
-#: What is known without the logits, and read from the empty tensor that stands for them.
-_FACTS = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "_base")
-    ),
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.stride, Tensor.element_size),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device, torch.is_floating_point, torch.is_complex, torch.numel),
-}  # fmt: skip
+def _differentiable(ctx, target: Tensor, grad: Tensor) -> Tensor:
+    """The same for second derivatives, with a graph of its own: on the logits, as torch does it."""
+    x, formula = ctx.x, ctx.formula
+    if ctx.version is not None and x._version != ctx.version:
+        raise RuntimeError(
+            f"The logits of shape {tuple(x.shape)} were modified in place after their loss was computed, and the second derivative of that loss "
+            "needs them: modify a clone, or compute the derivative first."
+        )
+    with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass(), torch.autocast(x.device.type, enabled=False):
+        loss = torch._C._nn.cross_entropy_loss(
+            x.to(ctx.wide), target, None, _REDUCTIONS["mean" if formula.mean else "sum"], formula.ignore_index, 0.0
+        )
+        return torch.autograd.grad(loss, x, grad, create_graph=True)[0]

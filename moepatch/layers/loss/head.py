@@ -16,7 +16,8 @@ from ...autocast import autocast_dtype
 from ...errors import MoePatchError
 from .chunked import Formula
 
-#: ``(hidden_TH, weight_VH, bias_V, labels_T, formula) -> loss``
+#: ``(hidden_TH, weight_VH, bias_V, labels_T, formula) -> loss``. One whose forward pass makes the gradients may have an attribute
+#: ``with_gradients``, with the arguments of `chunked.with_gradients`.
 Compute = Callable[[Tensor, Tensor, Tensor | None, Tensor, Formula], Tensor]
 
 
@@ -43,6 +44,17 @@ def deferring(items: Tensor | int | None = None):
         _deferring.on, _deferring.items = before
 
 
+@contextmanager
+def not_deferring():
+    """While it is open, heads on this thread return ordinary logits."""
+    before = _deferring.on
+    _deferring.on = False
+    try:
+        yield
+    finally:
+        _deferring.on = before
+
+
 def is_deferring() -> bool:
     """Whether a patched head should defer: never in what is being compiled or traced."""
     return _deferring.on and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
@@ -57,26 +69,26 @@ def expected_items(device: torch.device) -> Tensor | None:
 
 
 class Head:
-    """One call of a head: its arguments, the modes it was made in, and the logits once they are wanted.
+    """One call of a head: its arguments, without their graph, and the modes that it was made in.
+
+    It makes the logits whenever they are wanted, as long as its arguments are what they were. What can be seen of a change: that autograd
+    counts (``optimizer.step()``, any operator on a parameter), a tensor put in the place of ``weight.data`` (the logits are still those of the old
+    one), and, for writing through ``.data`` or into memory, one of about a thousand numbers of the weight and of the bias that are compared. A write
+    through ``.data`` that changes a few other numbers alone, or hidden states, cannot be seen.
 
     Args:
-        module: the head; asked for its weight again if the one that it had was freed (FSDP2 frees it after the forward pass).
-        hidden: ``[..., H]``.
-        forward: computes the logits from `hidden` with the module's own code.
+        module: the head; called once more, with its hooks, if its weight was freed meanwhile.
+        inputs: hidden states ``[..., H]``, weight ``[V, H]``, bias ``[V]`` or None.
         compute: the fused loss.
     """
 
-    def __init__(self, module: nn.Linear, hidden: Tensor, forward: Callable[[Tensor], Tensor], compute: Compute):
-        self.module, self.hidden, self.forward, self.compute = module, hidden, forward, compute
-        self.weight, self.bias = module.weight, module.bias
-        self.version = self._version
-        self.grad, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self.autocast = autocast_dtype(hidden.device)
-        self.value: Tensor | None = None
-
-    @property
-    def _version(self) -> int:
-        return 0 if self.weight.is_inference() else self.weight._version  # inference tensors do not count their changes
+    def __init__(self, module: nn.Linear, inputs: tuple[Tensor, Tensor, Tensor | None], compute: Compute):
+        self.module, self.compute = module, compute
+        self.wants = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
+        # Not the parameters themselves: who empties ``weight.data`` after the forward pass puts other memory there.
+        self.hidden, self.weight, self.bias = (None if t is None else t.detach() for t in inputs)
+        self.autocast = autocast_dtype(self.hidden.device)
+        self._versions, self._sample = _versions(self.hidden, self.weight, self.bias), _sample(self.weight, self.bias)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,40 +96,115 @@ class Head:
         return self.autocast or self.hidden.dtype
 
     @property
-    def requires_grad(self) -> bool:
-        """Of the logits."""
-        return self.grad and any(t is not None and t.requires_grad for t in (self.hidden, self.weight, self.bias))
-
-    @property
     def is_gone(self) -> bool:
         """Whether the weight's memory was freed."""
-        return self.weight.numel() > 0 and self.weight.untyped_storage().size() == 0
-
-    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hidden states (a part of the head's own), weight and bias in the dtype that the head computes in."""
-        tensors = hidden, self.weight, self.bias
-        return tuple(t if t is None else t.to(self.dtype) for t in tensors)
+        return _is_freed(self.weight)
 
     def logits(self) -> Tensor:
-        """Ordinary logits, once."""
-        if self.value is None:
-            kind = self.hidden.device.type
-            with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad):
-                with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
-                    self.value = self._compute()
-        return self.value
+        """Ordinary logits without a graph, computed anew.
 
-    def _compute(self) -> Tensor:
-        if self.is_gone:
-            # FSDP2 has the weight in shares again. All ranks have to want the logits; gradients are not theirs to have any more.
+        Raises:
+            MoePatchError: the head's arguments have changed or are gone.
+        """
+        with torch.no_grad(), torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            if not self.is_gone:
+                self._check(self.weight, self.bias)
+                return F.linear(self.hidden, self.weight, self.bias)
+            if isinstance(self.module.weight, DTensor):
+                # FSDP2 has the weight in shares again. All ranks have to want the logits.
+                shares = self.module.weight, self.module.bias
+                weight, bias = (None if t is None else t.full_tensor().to(self.dtype) for t in shares)
+                self._check(weight.to(self.weight.dtype), None if bias is None else bias.to(self.bias.dtype))
+                return F.linear(self.hidden, weight, bias)
+            return self._called_again()
+
+    def loss(self, steps, labels_T: Tensor, formula: Formula) -> tuple[Tensor, Callable[[Tensor], list[Tensor | None]] | None]:
+        """The fused loss of the values that `steps` (`steps.Steps`) lead to.
+
+        Returns:
+            The loss without a graph; and, if gradients are wanted, what makes those of hidden states, weight and bias out of the loss's.
+            It may be called once.
+        """
+        hidden = self.hidden.detach().requires_grad_(self.wants[0])
+        with torch.set_grad_enabled(self.wants[0]):
+            rows_TH = steps.rows(hidden).to(self.dtype)
+        operands = [None if t is None else t.detach().to(self.dtype) for t in (rows_TH, self.weight, self.bias)]
+        if not any(self.wants):
             with torch.no_grad():
-                weight, bias = (t.full_tensor() if isinstance(t, DTensor) else t for t in (self.module.weight, self.module.bias))
-                return F.linear(self.hidden, weight.to(self.weight.dtype), None if bias is None else bias.to(self.weight.dtype))
-        if self._version != self.version:
+                return self.compute(*operands, labels_T, formula), None
+        loss, finish = _with_gradients(self.compute, operands, labels_T, formula, self.wants)
+
+        def gradients(grad: Tensor) -> list[Tensor | None]:
+            found = finish(grad)
+            if found[0] is not None:
+                whole = rows_TH.numel() == hidden.numel() and rows_TH.dtype == hidden.dtype
+                found[0] = found[0].view(hidden.shape) if whole else torch.autograd.grad(rows_TH, hidden, found[0])[0]
+            dtypes = (t if t is None else t.dtype for t in (self.hidden, self.weight, self.bias))
+            return [None if t is None else t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)]
+
+        return loss, gradients
+
+    def _check(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Raises if the head's arguments are not what they were."""
+        if _versions(self.hidden, self.weight, self.bias) != self._versions or not _equal(_sample(weight, bias), self._sample):
             raise MoePatchError(
-                "The logits of this output were not computed yet, and the head's weight has changed since: they cannot be computed any more. "
-                "Read `outputs.logits` before `optimizer.step()`, or leave the loss unpatched: optimize(model, loss=None)."
+                "The logits of this output were not computed yet, and the head's weight or its input has changed since: they cannot be computed any "
+                "more. Read `outputs.logits` before `optimizer.step()`, or leave the loss unpatched: optimize(model, loss=None)."
             )
-        if self.module.weight is self.weight:
-            return self.forward(self.hidden)
-        return F.linear(self.hidden, self.weight, self.bias)
+
+    def _called_again(self) -> Tensor:
+        """What the head returns now: hooks that freed its weight may bring it back."""
+
+        def check(module, args):
+            if module.weight.shape != self.weight.shape or _is_freed(module.weight):
+                raise MoePatchError(
+                    f"The logits of this output were not computed yet, and the memory of the head's weight {tuple(self.weight.shape)} was freed since "
+                    "(FSDP does it after a unit's forward): they cannot be computed any more. Put the head and the loss into one unit, or leave the "
+                    "loss unpatched: optimize(model, loss=None)."
+                )
+            self._check(module.weight, module.bias)
+
+        handle = self.module.register_forward_pre_hook(check)  # the last to be called
+        try:
+            with not_deferring():
+                return self.module(self.hidden)
+        finally:
+            handle.remove()
+
+
+def _with_gradients(compute: Compute, operands: list[Tensor | None], labels_T: Tensor, formula: Formula, wants: tuple[bool, ...]):
+    """The loss without a graph, and what makes the gradients of its operands out of its own."""
+    if hasattr(compute, "with_gradients"):
+        return compute.with_gradients(*operands, labels_T, formula, wants)
+    leaves = [None if t is None else t.detach().requires_grad_(want) for t, want in zip(operands, wants, strict=True)]
+    with torch.enable_grad():
+        loss = compute(*leaves, labels_T, formula)
+
+    def finish(grad: Tensor) -> list[Tensor | None]:
+        found = iter(torch.autograd.grad(loss, [t for t, want in zip(leaves, wants, strict=True) if want], grad))
+        return [next(found) if want else None for want in wants]
+
+    return loss.detach(), finish
+
+
+def _is_freed(weight: Tensor) -> bool:
+    return weight.numel() > 0 and weight.untyped_storage().size() == 0
+
+
+def _versions(*tensors: Tensor | None) -> list[int | None]:
+    """How often each was written into, as autograd counts; it does not for inference tensors."""
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
+
+
+def _sample(weight_VH: Tensor, bias_V: Tensor | None) -> list[Tensor]:
+    """A copy of some numbers, spread over the tensors."""
+    step_V, step_H = (-(-size // 32) for size in weight_VH.shape)
+    found = [weight_VH.detach()[:: step_V or 1, :: step_H or 1]] + ([] if bias_V is None else [bias_V.detach()[:: step_V or 1]])
+    return [t.clone(memory_format=torch.contiguous_format) for t in found]
+
+
+def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Bit for bit. On a GPU the host waits for the answer, except while a graph is captured, where it is not asked."""
+    if some[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(some, others, strict=True))

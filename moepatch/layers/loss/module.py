@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
 
 from ...autocast import autocast_dtype
@@ -16,7 +17,7 @@ from ...registry import compute
 from ...surgery import Patched
 from ...trial import Call
 from .deferred import defer
-from .head import Head, deferring, is_deferring
+from .head import deferring, is_deferring
 from .spec import LossSpec
 
 
@@ -40,25 +41,30 @@ class PatchedHead(Patched):
         """Logits ``[..., V]`` of hidden states ``[..., H]``."""
         if not is_deferring() or not _is_plain(self, hidden) or _watches_gradients(self):
             return super().forward(hidden)
-        return defer(Head(self, hidden, super().forward, compute("loss", self._moepatch.backend)))
+        return defer(self, hidden, compute("loss", self._moepatch.backend))
 
 
 def _is_plain(head: nn.Linear, hidden: Tensor) -> bool:
     """Whether the fused loss can take the place of the head: dense tensors that are whole here and stay so until the loss.
 
-    An FSDP2 unit frees its weights when its forward returns, unless it stays.
+    An FSDP2 unit frees its weights when its forward returns, unless it stays. Function transforms (`torch.func`), forward-mode derivatives and
+    tracers want to see the head's own operators.
     """
     weight = head.weight
     if type(hidden) is not Tensor or type(weight) not in (nn.Parameter, Tensor) or hidden.ndim < 2 or weight.device != hidden.device or hidden.is_meta:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (hidden, weight, head.bias)):
         return False
     same = hidden.dtype == weight.dtype or autocast_dtype(hidden.device) is not None
     return same and hidden.is_floating_point() and not (isinstance(head, FSDPModule) and not Unit.of(head).stays)
 
 
 def _watches_gradients(head: nn.Linear) -> bool:
-    """Whether hooks wait for the gradient of the logits, which the fused loss never makes."""
-    everywhere = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
-    return bool(head._backward_hooks or head._backward_pre_hooks or everywhere)
+    """Whether hooks of the old kind wait for the gradients of the head's last operator, which is not the one that it was."""
+    own = head._backward_hooks and not head._is_full_backward_hook
+    return bool(own or (torch_module._global_backward_hooks and not torch_module._global_is_full_backward_hook))
 
 
 def with_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
