@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .pickling import reduced
 
@@ -184,7 +185,9 @@ def _unpatched(cls: type) -> type:
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether not calling a module's ``__call__``, but computing what it does, leaves nothing out."""
+    """Whether not calling a module's ``__call__``, but computing what it does, leaves nothing out: hooks, which may even bring its weights."""
+    if _has_any_global_hook():
+        return False
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooked and "forward" not in module.__dict__
 
