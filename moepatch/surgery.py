@@ -29,6 +29,8 @@ class Patched:
     The instance attribute ``_moepatch`` holds the patch's state, a plain value without modules or tensors.
     """
 
+    #: True if the mixin computes with weights of children without calling them, as long as they are bare (see `is_bare`).
+    takes_children = False
     _moepatch: Any
 
     def __init_subclass__(cls, **kwargs: Any):
