@@ -5,6 +5,9 @@ PYTHON ?= python3
 OLDEST := 5.17.0
 NEWEST := 5.24.0
 
+# What an environment has beside moepatch: extras of setup.cfg.
+EXTRAS := test
+
 # What the kernels are compiled with: the version that belongs to the oldest torch that is supported.
 TRITON := 3.6.0
 
@@ -23,7 +26,7 @@ export OMP_WAIT_POLICY := passive
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest test-gpu kernels clean
+.PHONY: help demo test test-frameworks test-oldest test-newest test-gpu kernels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -33,6 +36,9 @@ demo: .venv/stamp  ## fine-tune a small mixture of experts on the CPU, from chec
 
 test: .venv/stamp  ## run the tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+test-frameworks: .venv-frameworks/stamp  ## run the tests that need other frameworks (DeepSpeed, TRL, bitsandbytes, torchao), with these installed
+	OMP_NUM_THREADS=1 .venv-frameworks/bin/python -m pytest -n 2 tests/frameworks
 
 test-oldest: .venv-oldest/stamp  ## run the tests with the oldest transformers that is supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
@@ -56,11 +62,13 @@ kernels: .venv-triton/triton  ## compile the Triton kernels for every known GPU,
 	touch $@
 
 clean:  ## remove the environments and everything generated
-	rm -rf .venv .venv-oldest .venv-newest .venv-triton build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .venv-frameworks .venv-oldest .venv-newest .venv-triton build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv-oldest/stamp: REPLACE := s/^transformers==.*/transformers==$(OLDEST)/
 .venv-newest/stamp: REPLACE := s/^transformers==.*/transformers==$(NEWEST)/
+
+.venv-frameworks/stamp: EXTRAS := test,frameworks
 
 # An environment that is made once, and brought up to date when the requirements change. torch goes first and alone: a bare `torch`
 # would fetch gigabytes of CUDA libraries where nothing can use them.
@@ -69,5 +77,5 @@ clean:  ## remove the environments and everything generated
 	$(PYTHON) -m venv $*
 	sed -e '$(REPLACE)' $(if $(GPU),-e '/^torch==/d') tests/constraints.txt > $*/constraints.txt
 	$*/bin/python -m pip install -q -c $*/constraints.txt torch
-	$*/bin/python -m pip install -q -c $*/constraints.txt -e '.[test]'
+	$*/bin/python -m pip install -q -c $*/constraints.txt -e '.[$(EXTRAS)]'
 	touch $@

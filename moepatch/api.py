@@ -18,6 +18,7 @@ from .carrying_out import Done, carry_out, timed
 from .check import check_model, check_plan
 from .dispatch.base import Dispatcher
 from .errors import LeftAlone, MoePatchError, NothingMatched, PlanMismatch
+from .frameworks import called, shadowed
 from .kinds import KINDS
 from .layers.attention.sight import choices
 from .match.attention_function import left_alone
@@ -190,6 +191,12 @@ def restore(model: Model) -> Model:
         reason = why_not_whole(model) if patch.mesh is not None else None
         if reason is not None:
             raise MoePatchError(f"restore() gathers the model on every rank, but {reason}. Save it with save_pretrained instead.")
+    name = shadowed(model)
+    if name is not None:
+        raise MoePatchError(
+            f"{name}: something has replaced its forward on the instance since the patch, and would go on calling the patched one. Undo that first "
+            "(accelerate.hooks.remove_hook_from_module(model, recurse=True) for offloaded models). Nothing was restored."
+        )
     patch.journal.undo()
     del model.__dict__["_moepatch_patch"]
     return model
@@ -205,7 +212,7 @@ def report(model: nn.Module) -> Report:
     if patch is None:
         where = _elsewhere(model, "report") or " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
-    return replace(patch.report, notes=(*patch.report.notes, *words.changed(_changes(model))))
+    return replace(patch.report, notes=(*patch.report.notes, *words.changed(_changes(model)), *called(model)))
 
 
 def _changes(model: nn.Module) -> dict[str, list[tuple[str, bool]]]:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .errors import CheckFailed, MoePatchError, Problem
+from .frameworks import taken
 from .kinds import KINDS
 from .parallel import fsdp2
 from .parallel.apply import can_split
@@ -119,6 +120,7 @@ def _wrapped(model: nn.Module) -> Iterator[Problem]:
         if isinstance(found.module, (FullyShardedDataParallel, FSDPModule)):
             yield Problem("wrapped", where, f"it is sharded by FSDP already ({name}).", "Optimize the model before fully_shard.")
             return
+    yield from taken(model)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             placed = f"a DTensor of global shape {tuple(parameter.shape)}, placed {parameter.placements}"

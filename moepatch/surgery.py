@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .pickling import reduced
 from .reads import Reads
@@ -34,6 +35,8 @@ class Patched:
     stands_aside = True
     #: False if it takes weights of any shape.
     reads_shapes = True
+    #: True if the mixin computes with weights of children without calling them, as long as they are bare (see `is_bare`).
+    takes_children = False
     _moepatch: Any
     _moepatch_watch: Watch | None = None
 
@@ -207,7 +210,9 @@ def _unpatched(cls: type) -> type:
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether not calling a module's ``__call__``, but computing what it does, leaves nothing out."""
+    """Whether not calling a module's ``__call__``, but computing what it does, leaves nothing out: hooks, which may even bring its weights."""
+    if _has_any_global_hook():
+        return False
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     if hooked or "forward" in module.__dict__:
         return False

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..autocast import autocast_dtype
@@ -129,6 +128,7 @@ class PatchedAttentionBlock(ByRole):
     A projection or a norm that is more than it was (a LoRA layer, hooks) is called as it is.
     """
 
+    takes_children = True
     _moepatch: AttentionBlockState
 
     def computed(self, given: Given):
@@ -160,7 +160,7 @@ class PatchedAttentionBlock(ByRole):
         """The result as one function (see `attention_span`); None where a part of it is more than it was, or needs more than kernels without autograd."""
         modules, heads = self._modules, spec.heads if tables is not None else spec.heads.unrotated
         linears = [modules[name] for name in spec.inputs] + [modules[spec.output]]
-        if spec.gate is not None or heads.gated or autocast_dtype(x.device) is not None or torch_module._has_any_global_hook():
+        if spec.gate is not None or heads.gated or autocast_dtype(x.device) is not None:
             return None
         if not all(type(linear) is nn.Linear and is_bare(linear) for linear in linears) or not _as_matched(linears[:-1], spec):
             return None

@@ -114,6 +114,7 @@ class PatchedMlp(Patched):
     only what is called can have its effect.
     """
 
+    takes_children = True
     _moepatch: MlpState
 
     def forward(self, *args, **kwargs):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..kind import Kind
 from ..registry import backends, compute
@@ -118,6 +117,7 @@ class PatchedResidual(Patched):
     Where a child returns something of a form that the trials of the layer did not have, the family's forward runs from the start.
     """
 
+    takes_children = True
     _moepatch: ResidualState
 
     def forward(self, *args, **kwargs):
@@ -226,7 +226,6 @@ def _runs_own_kernel(norm: nn.Module) -> bool:
         isinstance(norm, PatchedNorm)
         and norm._moepatch.backend == "triton"
         and is_bare(norm)
-        and not torch_module._has_any_global_hook()
     )
 
 

@@ -90,27 +90,41 @@ class Adjacent:
     Attributes:
         module: holds them.
         names: relative names, in the order of the buffer.
+        moved: where each was put. The parameters themselves are not kept: a framework that shards them would free nothing.
     """
 
     module: nn.Module
     names: Sequence[str]
-    moved: list[nn.Parameter] = field(default_factory=list)
+    moved: list[int] = field(default_factory=list)
 
     def do(self) -> None:
         """Copies them into one buffer."""
         parameters = [self.module.get_parameter(name) for name in self.names]
         if any(p.device.type == "meta" or p.numel() == 0 for p in parameters) or len({(p.device, p.dtype) for p in parameters}) > 1:
             return
-        self.moved = parameters
         with torch.no_grad():
-            for parameter, piece in zip(parameters, side_by_side(parameters), strict=True):
+            pieces = side_by_side(parameters)
+            self.moved = [piece.data_ptr() for piece in pieces]
+            for parameter, piece in zip(parameters, pieces, strict=True):
                 parameter.data = piece
 
     def undo(self) -> None:
-        """Takes each out of the buffer."""
-        while self.moved:
-            parameter = self.moved.pop()
-            parameter.data = parameter.data.clone()
+        """Takes each out of the buffer, if it still lies there: others may have given it another place, and rely on that."""
+        for name, address in zip(self.names, self.moved):
+            parameter = _parameter_of(self.module, name)
+            if type(parameter) is nn.Parameter and parameter.data_ptr() == address:
+                parameter.data = parameter.data.clone()
+        self.moved = []
+
+
+def _parameter_of(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of a name; None where something else is there now, such as a wrapper that holds it under another name."""
+    path, _, leaf = name.rpartition(".")
+    for step in filter(None, path.split(".")):
+        module = module._modules.get(step)
+        if module is None:
+            return None
+    return module._parameters.get(leaf)
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ...autocast import autocast_dtype
 from ...errors import MoePatchError
+from ...parallel.fsdp1 import frees_inside
 from .chunked import Formula
 
 #: ``(hidden_TH, weight_VH, bias_V, labels_T, formula) -> loss``. One whose forward pass makes the gradients may have an attribute
@@ -24,24 +25,26 @@ Compute = Callable[[Tensor, Tensor, Tensor | None, Tensor, Formula], Tensor]
 class _State(threading.local):
     on = False
     items: Any = None
+    model: nn.Module | None = None
 
 
 _deferring = _State()
 
 
 @contextmanager
-def deferring(items: Tensor | int | None = None):
+def deferring(items: Tensor | int | None = None, model: nn.Module | None = None):
     """While it is open, patched heads return deferred logits on this thread.
 
     Args:
         items: what the family will divide a sum of losses by, if it is known (``num_items_in_batch``).
+        model: whose forward computes the loss; None: whoever called the head.
     """
-    before = _deferring.on, _deferring.items
-    _deferring.on, _deferring.items = True, items
+    before = _deferring.on, _deferring.items, _deferring.model
+    _deferring.on, _deferring.items, _deferring.model = True, items, model
     try:
         yield
     finally:
-        _deferring.on, _deferring.items = before
+        _deferring.on, _deferring.items, _deferring.model = before
 
 
 @contextmanager
@@ -58,6 +61,12 @@ def not_deferring():
 def is_deferring() -> bool:
     """Whether a patched head should defer: never in what is being compiled or traced."""
     return _deferring.on and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def stays(head: nn.Module) -> bool:
+    """Whether a head keeps its weight until the loss, as far as FSDP1 is concerned: a unit inside the model that computes it would free it."""
+    model = _deferring.model
+    return model is None or not frees_inside(model, head)
 
 
 def expected_items(device: torch.device) -> Tensor | None:

@@ -46,7 +46,7 @@ def _with_deferring(forward):
         labels = kwargs.get("labels") if position is None or len(args) <= position else args[position]
         if labels is None or torch.compiler.is_compiling() or _leaves(self.get_output_embeddings()):
             return forward(*args, **kwargs)
-        with deferring(kwargs.get("num_items_in_batch")):
+        with deferring(kwargs.get("num_items_in_batch"), self):
             return forward(*args, **kwargs)
 
     return labelled

@@ -17,7 +17,7 @@ from ...registry import compute
 from ...surgery import Patched
 from ...trial import Call
 from .deferred import defer
-from .head import deferring, is_deferring
+from .head import deferring, is_deferring, stays
 from .spec import LossSpec
 
 
@@ -48,7 +48,7 @@ class PatchedHead(Patched):
 def _is_plain(head: nn.Linear, hidden: Tensor) -> bool:
     """Whether the fused loss can take the place of the head: dense tensors that are whole here and stay so until the loss.
 
-    An FSDP2 unit frees its weights when its forward returns, unless it stays. Function transforms (`torch.func`), forward-mode derivatives and
+    A unit of FSDP frees its weights when its forward returns, unless it stays. Function transforms (`torch.func`), forward-mode derivatives and
     tracers want to see the head's own operators.
     """
     weight = head.weight
@@ -57,6 +57,8 @@ def _is_plain(head: nn.Linear, hidden: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return False
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (hidden, weight, head.bias)):
+        return False
+    if not stays(head):
         return False
     same = hidden.dtype == weight.dtype or autocast_dtype(hidden.device) is not None
     return same and hidden.is_floating_point() and not (isinstance(head, FSDPModule) and not Unit.of(head).stays)

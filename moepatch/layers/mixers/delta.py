@@ -110,6 +110,7 @@ class DeltaState:
 class PatchedDelta(ByRole):
     """Takes and returns what the family's mixer does; training and prefill are computed by a backend, the rest by the family."""
 
+    takes_children = True
     _moepatch: DeltaState
 
     def computed(self, given: Given):

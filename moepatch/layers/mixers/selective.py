@@ -77,6 +77,7 @@ class SelectiveState:
 class PatchedSelective(ByRole):
     """Takes and returns what the family's mixer does; training and prefill are computed by a backend, the rest by the family."""
 
+    takes_children = True
     _moepatch: SelectiveState
 
     def computed(self, given: Given):

@@ -98,6 +98,7 @@ class SSDState:
 class PatchedSSD(ByRole):
     """Takes and returns what the family's mixer does; training and prefill are computed by a backend, the rest by the family."""
 
+    takes_children = True
     _moepatch: SSDState
 
     def computed(self, given: Given):
