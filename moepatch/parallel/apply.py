@@ -26,6 +26,7 @@ from .experts import PatchedShardedExperts, ShardedState
 from .gather import GatherAhead, NoGatherInBackward, bundles, ends, layer_lists, may_stay, odd_parameters, owners, small_odd, units
 from .mesh import Meshes, resolve
 from .passes import Passes, Throughout, Together
+from .reads import LendWeights
 from .shard import FullyShard, ShardExperts
 from .trainer import AnswerTrainer, Sharded, ShardedModel
 
@@ -77,7 +78,7 @@ def _join_chains(model: nn.Module, sharded: list[nn.Module]) -> None:
 
 def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> None:
     """FSDP2 for everything that is not an expert: units for the layers, one for embeddings, one for the head, and the root with the rest."""
-    lists, (embeddings, head) = layer_lists(model), ends(model)
+    lists, (embeddings, head), before = layer_lists(model), ends(model), len(journal.steps)
     passes = Passes(model)
     stay = may_stay(units(model), ignored)
     odd = small_odd(model, ignored)
@@ -108,6 +109,8 @@ def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter],
     for chain in chains:
         journal.do(GatherAhead(chain))
     journal.do(passes)
+    made = [step.modules[0] for step in journal.steps[before:] if isinstance(step, FullyShard)]
+    journal.do(LendWeights([module for module in made if module is not model], passes))
 
 
 def _shard_alone(
