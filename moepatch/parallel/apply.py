@@ -22,6 +22,7 @@ from ..kinds import KINDS
 from ..planning import Plan
 from ..site import Site
 from ..surgery import InjectClass, Journal, Patched, ReplaceState
+from .adapters import ShardedAdapters
 from .experts import PatchedShardedExperts, ShardedState
 from .gather import GatherAhead, NoGatherInBackward, bundles, ends, layer_lists, may_stay, odd_parameters, owners, small_odd, units
 from .mesh import Meshes, resolve
@@ -47,7 +48,7 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fs
         journal.do(ReplaceState(pretrained, ShardedModel, pretrained._moepatch))
         journal.do(AnswerTrainer(pretrained.config))
     if not isinstance(model, Patched):  # it is around the transformers model, and a loop may ask it for parameters as well
-        journal.do(InjectClass(model, Sharded, "sharded"))
+        journal.do(InjectClass(model, ShardedAdapters if hasattr(model, "peft_config") else Sharded, "sharded"))
     sharded = [_split(model, site, meshes, dispatch, journal) for p in plan.mixture if p.backend for site in p.sites if can_split(site)]
     _join_chains(model, sharded)
     if meshes.experts is not None:
