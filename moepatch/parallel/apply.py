@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from ..planning import Plan
 from ..site import Site
 from ..surgery import InjectClass, Journal, Patched, ReplaceState
 from .adapters import ShardedAdapters
+from .expert_adapters import GatherAround, ShardedParamWrapper, wrappers
 from .experts import PatchedShardedExperts, ShardedState
 from .gather import GatherAhead, NoGatherInBackward, bundles, ends, layer_lists, may_stay, odd_parameters, owners, small_odd, units
 from .mesh import Meshes, resolve
@@ -51,10 +53,14 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fs
         journal.do(InjectClass(model, ShardedAdapters if hasattr(model, "peft_config") else Sharded, "sharded"))
     sharded = [_split(model, site, meshes, dispatch, journal) for p in plan.mixture if p.backend for site in p.sites if can_split(site)]
     _join_chains(model, sharded)
+    around = {module: wrappers(model, module) for module in sharded}
+    for wrapper in itertools.chain(*around.values()):
+        journal.do(InjectClass(wrapper, ShardedParamWrapper, "experts of this rank"))
     if meshes.experts is not None:
         for module in sharded:
-            others = {p for p in module.parameters() if not isinstance(p, DTensor)}
-            journal.do(FullyShard([module], meshes.experts, others))
+            journal.do(FullyShard([module], meshes.experts, {p for p in module.parameters() if not isinstance(p, DTensor)}))
+            if around[module]:
+                journal.do(GatherAround(module, around[module][0]))
     if fsdp:
         ignored = {p for module in sharded for p in module.parameters() if isinstance(p, DTensor)}
         _shard_dense(model, meshes.dense, ignored, journal)
