@@ -18,6 +18,7 @@ from .frameworks import taken
 from .kinds import KINDS
 from .parallel import fsdp2
 from .parallel.apply import can_split
+from .parallel.expert_adapters import adapts_a_parameter
 from .parallel.mesh import why_not_mesh
 from .planning import Plan
 from .scan import Scan, outermost_pretrained
@@ -86,16 +87,16 @@ def _divisible(plan: Plan, mesh: DeviceMesh | None) -> Iterator[Problem]:
 
 
 def _adapted(model: nn.Module, plan: Plan, mesh: DeviceMesh | None) -> Iterator[Problem]:
-    """peft adds an adapter of all experts to the weights in each forward; a rank has some of the experts only."""
+    """An adapter of peft around experts that are to be spread over ranks, of a form that cannot be spread with them."""
     if mesh is None or "peft" not in sys.modules:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     scan = Scan(model)
     for site in (s for p in plan.mixture if p.backend and can_split(p.site) for s in p.sites):
-        holders = [type(parent).__name__ for parent, _ in scan.of(model.get_submodule(site.fqn)).parents if isinstance(parent, BaseTunerLayer)]
-        if holders:
-            text = f"a LoRA adapter of peft ({holders[0]}) on the experts' own parameters cannot be spread over ranks."
+        holders = [parent for parent, _ in scan.of(model.get_submodule(site.fqn)).parents if isinstance(parent, BaseTunerLayer)]
+        if any(not adapts_a_parameter(holder) for holder in holders):
+            text = f"an adapter of peft ({type(holders[0]).__name__}) around the experts cannot be spread over ranks."
             yield Problem("wrapped", site.fqn, text, "Adapt modules outside the experts (target_modules), or optimize without a mesh.")
             return
 

@@ -147,7 +147,7 @@ def checked_recipes(twin: PreTrainedModel, mapping: list, tensors: dict[str, Ten
     Raises:
         CheckpointError: tensors are missing, additional, or of other shapes.
     """
-    recipes, extra = _recipes(twin, mapping, tensors, files)
+    recipes, extra = assigned_recipes(twin, mapping, tensors, files)
     made: dict[str, tuple] = {}
     wrong = []
     for recipe in recipes:
@@ -172,7 +172,7 @@ def checked_recipes(twin: PreTrainedModel, mapping: list, tensors: dict[str, Ten
     return recipes
 
 
-def _recipes(twin: PreTrainedModel, mapping: list, tensors: dict[str, Tensor], files: Files) -> tuple[list[Recipe], list[str]]:
+def assigned_recipes(twin: PreTrainedModel, mapping: list, tensors: dict[str, Tensor], files: Files) -> tuple[list[Recipe], list[str]]:
     """One recipe for each conversion, and the checkpoint's keys that belong to none; names as transformers' own loading finds them."""
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
     converters = [t for t in mapping if isinstance(t, WeightConverter)]

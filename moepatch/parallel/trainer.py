@@ -23,6 +23,8 @@ from transformers.distributed import DistributedConfig
 from ..checkpoint import PatchedModel
 from ..surgery import Patched
 from .fsdp2 import drop_unreduced, gathered
+from .resume import Placed, serve_trainer
+from .whole import in_parts
 
 
 class Sharded(Patched):
@@ -38,6 +40,10 @@ class Sharded(Patched):
         """As any module's, of what `named_parameters` gives; and for gradients of `no_sync`."""
         super().zero_grad(set_to_none)
         drop_unreduced(self)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As any module's; of whole tensors, which every rank has to pass, each takes its parts."""
+        return super().load_state_dict(in_parts(self, state_dict), strict, assign)
 
     @contextmanager
     def no_sync(self):
@@ -58,8 +64,10 @@ class Sharded(Patched):
 class ShardedModel(Sharded, PatchedModel):
     """A whole ``PreTrainedModel`` whose parameters are spread over ranks."""
 
-    #: Read by Trainer from 5.23 on, where transformers itself has a property of this name.
-    is_distributed_loading_by_transformers = True
+    @property
+    def is_distributed_loading_by_transformers(self) -> bool | Placed:
+        """Read by Trainer from 5.23 on, when it is made, where transformers itself has a property of this name."""
+        return serve_trainer()
 
     @property
     def _is_accelerate_prepared(self) -> bool:
