@@ -80,9 +80,15 @@ def own_gate(module: nn.Module, spec: ExpertsSpec):
 
 
 def _stands_aside(module: nn.Module) -> bool:
-    """True if the user has chosen another implementation with ``set_experts_implementation`` since the patch."""
+    """True if the user has chosen another implementation with ``set_experts_implementation`` since the patch, or has quantized the weights."""
     recorded = module._moepatch.implementation
-    return recorded is not None and module.config._experts_implementation != recorded
+    return recorded is not None and module.config._experts_implementation != recorded or are_quantized(module)
+
+
+def are_quantized(module: PatchedExperts) -> bool:
+    """Whether the weights of patched experts were quantized since the patch: only the family's code can compute with them then."""
+    layout = module._moepatch.spec.layout
+    return layout.up.is_quantized(module) or layout.down.is_quantized(module)
 
 
 def _compute_dtype(module: nn.Module, spec: ExpertsSpec, device: torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from ...autocast import autocast_dtype
 from ...kind import Injections, Kind
 from ...parallel.fsdp2 import Unit
+from ...quantized import is_plain
 from ...registry import compute
 from ...surgery import Patched
 from ...trial import Call
@@ -49,7 +50,7 @@ def _is_plain(head: nn.Linear, hidden: Tensor) -> bool:
     An FSDP2 unit frees its weights when its forward returns, unless it stays.
     """
     weight = head.weight
-    if type(hidden) is not Tensor or type(weight) not in (nn.Parameter, Tensor) or hidden.ndim < 2 or weight.device != hidden.device or hidden.is_meta:
+    if type(hidden) is not Tensor or not is_plain(weight) or hidden.ndim < 2 or weight.device != hidden.device or hidden.is_meta:
         return False
     same = hidden.dtype == weight.dtype or autocast_dtype(hidden.device) is not None
     return same and hidden.is_floating_point() and not (isinstance(head, FSDPModule) and not Unit.of(head).stays)

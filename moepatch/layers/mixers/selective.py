@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kind import Kind
+from ...quantized import is_plain
 from ...registry import compute
 from ..roles import ByRole, Given, Roles
 from .calls import bench_call, masked, trial_call, whole_sequences
@@ -81,7 +82,7 @@ class PatchedSelective(ByRole):
     def computed(self, given: Given):
         """See the class."""
         # A quantized projection may only be called, and this one's weight is needed.
-        if not whole_sequences(self, self.conv1d, given) or not self.dt_proj.weight.is_floating_point():
+        if not whole_sequences(self, self.conv1d, given) or not is_plain(self.dt_proj.weight):
             return self.as_the_family(given)
         hidden_states, cache, attention_mask = given.tokens, given.cache, given.mask
         spec, backend = self._moepatch.spec, compute("selective", self._moepatch.backend)
