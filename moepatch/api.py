@@ -29,7 +29,7 @@ from .plainly import runs_plainly
 from .planning import Plan
 from .regional import layer_graphs
 from .render import words
-from .reporting import Report
+from .reporting import Report, quantized_since
 from .surgery import Journal, Patched
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -203,7 +203,8 @@ def report(model: nn.Module) -> Report:
     if patch is None:
         where = _elsewhere(model, "report") or " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
-    return patch.report
+    since = quantized_since(model, patch.report.plan)
+    return replace(patch.report, notes=(*patch.report.notes, *since)) if since else patch.report
 
 
 def _elsewhere(model: nn.Module, call: str) -> str:

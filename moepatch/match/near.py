@@ -152,7 +152,7 @@ def near_misses(scan: Scan, sites: list[Site], refusals: list[Refusal], left: li
 def _sort(found: Found, scan: Scan) -> str | None:
     """What a module is by its class, else by its weights, else by its attribute; None for what has no weights of such a form."""
     module, attribute = found.module, found.fqn.rpartition(".")[2]
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Embedding)) or next(module.parameters(), None) is None:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Embedding)) or next(module.parameters(), None) is None and kept_inside(module) is None:
         return None
     if _HEADS.search(attribute):
         return "head"
@@ -176,7 +176,7 @@ def _sort(found: Found, scan: Scan) -> str | None:
 def _has_weights(sort: str, found: Found, scan: Scan) -> bool:
     """Whether a module has weights such as modules of a sort have: vectors for a norm, matrices for all others, several where it has projections."""
     module = found.module
-    matrices = sum(p.ndim >= 2 for p in module.parameters())
+    matrices = sum(p.ndim >= 2 for p in module.parameters()) or sum(kept(part) is not None for part in module.modules())
     if sort == "norm":
         return _vectors(module) or bool(module._modules) and type(module).__name__.endswith("Norm")
     if sort == "router":
