@@ -38,12 +38,6 @@ _DTYPES = {
     **{f"{short}{bits}": f"{word}{bits}" for short, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
 }
 
-
-def dtype_named(short: str) -> torch.dtype:
-    """The dtype that a safetensors header calls so; fp32 for one that this torch does not have."""
-    return getattr(torch, _DTYPES.get(short, short.lower()), torch.float32)
-
-
 #: What a model can be made in. A configuration may also name what its files are quantized to.
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def load_checkpoint(
             with together(_WHAT, mesh):
                 if was_meta:
                     _allocate(model, _device(mesh, device))
+                    _widen(model, twin)
                 show = Console(stderr=True).is_terminal if progress is None else progress
                 _fill(model, Names.of(model, twin), twin, recipes, files, show and rank == 0)
                 for name, value in buffers.items():
@@ -177,6 +179,16 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
     for (first, first_name), *others in places.values():
         for module, name in others:
             module._parameters[name] = first._parameters[first_name]
+
+
+def _widen(model: nn.Module, twin: PreTrainedModel) -> None:
+    """Buffers that their family keeps in fp32 (what is added to a router's scores, and decides) become so, as in ``from_pretrained``."""
+    plan = {name.replace("*", ".*"): dtype for name, dtype in twin._get_dtype_plan(twin.dtype).items()}
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            dtype = next((dtype for pattern, dtype in plan.items() if re.search(pattern, f"{path}.{name}")), None)
+            if dtype is not None and buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
 
 
 def _device(mesh: DeviceMesh | None, device: str | torch.device | None) -> torch.device:

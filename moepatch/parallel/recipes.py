@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import CheckpointError
-from ..source import dtype_named
+from ..quantized import FLOATS
 from .dequantize import only_unpacks, per_number, scaled, unpacks
 from .pieces import Box
 
@@ -46,9 +46,14 @@ class Files:
     file_of: dict[str, Path]
 
     def meta(self, key: str) -> Tensor:
+        """The shape, as a tensor on the meta device."""
+        return torch.empty(self.open_file(self.file_of[key]).get_slice(key).get_shape(), device="meta", dtype=torch.float32)
+
+    def typed(self, key: str) -> Tensor:
         """The shape and the dtype, as a tensor on the meta device."""
-        part = self.open_file(self.file_of[key]).get_slice(key)
-        return torch.empty(part.get_shape(), device="meta", dtype=dtype_named(part.get_dtype()))
+        shape = self.meta(key).shape
+        nothing = self.read(key, _rows(shape, 0, 0) if shape else None, torch.device("cpu"))
+        return torch.empty(shape, device="meta", dtype=nothing.dtype)
 
     def read(self, key: str, box: Box | None, device: torch.device) -> Tensor:
         """A tensor, or a part of it, of which no more is read."""
@@ -130,6 +135,10 @@ class Recipe:
         made = converter.convert(self.name, model=twin, config=twin.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    def is_packed(self) -> bool:
+        """Whether it makes plain weights of packed numbers."""
+        return self.converter is not None and any(map(unpacks, self.converter.operations))
+
     def by_expert(self) -> bool:
         """Whether row e of the result is made of the e-th tensor of every pattern, so that some rows need only some tensors."""
         first, *rest = [op for op in self.converter.operations if not unpacks(op)] or [None]
@@ -197,7 +206,8 @@ def checked_recipes(
     wrong = []
     for recipe in recipes:
         try:
-            given = {key: files.meta(key) for key, _ in recipe.sources}
+            about = files.typed if recipe.is_packed() else files.meta
+            given = {key: about(key) for key, _ in recipe.sources}
             shapes = {name: value.shape for name, value in recipe.convert(twin, given).items()}
         except Exception as error:
             raise CheckpointError(f"{recipe.name} cannot be made of {_some([key for key, _ in recipe.sources])}: {error}") from error
@@ -211,8 +221,8 @@ def checked_recipes(
     lines = [f"missing ({len(missing)}): {_some(missing)}"] if missing else []
     lines += [f"additional ({len(extra)}): {_some(extra)}"] if extra else []
     lines += [f"other shapes ({len(wrong)}): {'; '.join(wrong[:5])}"] if wrong else []
-    packed = [key for key in extra if key in files.file_of and not files.meta(key).is_floating_point()]
-    lines += [f"the additional ones look quantized ({files.meta(packed[0]).dtype}), and no config.json beside them says how"] if packed else []
+    packed = {files.typed(key).dtype for key in extra if key in files.file_of} - set(FLOATS)
+    lines += [f"the additional ones look quantized ({', '.join(map(str, packed))}), and no config.json beside them says how"] if packed else []
     if lines:
         text = "\n".join(f"  - {line}" for line in lines)
         raise CheckpointError(f"The checkpoint is not one of this {type(twin).__name__}; nothing was loaded:\n{text}")
