@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from .needs import best_device
 from .plainly import runs_plainly
 from .planning import SCHEMA_VERSION, Plan, make_plan
 from .source import Weights
+from .stored import Quantization
 
 #: Keywords of `inspect` for what-if tables.
 WHAT_IF: tuple[str, ...] = ()
@@ -194,6 +194,9 @@ def _of_config(
     config: PreTrainedConfig, where: str, words: str, weights: Weights | None = None, warnings: tuple[str, ...] = ()
 ) -> Inspection:
     model = source.meta_model(config, where)
+    quantization = Quantization.of(config)
+    if quantization is not None:
+        quantization.mark(model)
     plan = make_plan(model)
     return Inspection(
         model_class=type(model).__name__,
@@ -236,12 +239,9 @@ def _of_files(data: dict[str, Any], weights: Weights | None) -> Iterator[str]:
 
 def _of_settings(config: PreTrainedConfig, model: nn.Module, weights: Weights | None) -> Iterator[str]:
     """What a configuration, and the files beside it, give reason to warn of."""
-    quantization = vars(config).get("quantization_config")
-    if quantization:
-        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        method = settings.get("quant_method", "unnamed method")
-        method = method.value if isinstance(method, Enum) else method
-        yield f"the checkpoint is quantized ({method}): training needs dequantized weights, and the sizes here are those of such weights"
+    quantization = Quantization.of(config)
+    if quantization is not None:
+        yield quantization.warning()
     elif weights is not None and (stored := next(iter(weights.bytes_by_dtype))) != str(model.dtype).removeprefix("torch."):
         yield f"the files hold {stored}; the sizes here are those of {str(model.dtype).removeprefix('torch.')}"
     named = source.architectures(config)

@@ -26,6 +26,19 @@ _FORM = re.compile(r"(?P<kind>mxfp|nvfp|float|fp|nf|uint|int)(?P<bits>\d+)", re.
 _OF_TRANSFORMERS = "transformers.integrations."
 
 
+class Packed(nn.Parameter):
+    """Stands on the meta device for a parameter that will be quantized once it is loaded.
+
+    Attributes:
+        words: how, see `kept`.
+    """
+
+    def __new__(cls, parameter: nn.Parameter, words: str):
+        made = super().__new__(cls, parameter.detach(), requires_grad=False)
+        made.words = words
+        return made
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether parameters (or what ``torch.func`` puts in their place; None for one that is not there) are torch's own tensors of floats.
 
@@ -93,6 +106,8 @@ def _buffers(module: nn.Module) -> list[Tensor]:
 
 def _words(cls: type[nn.Module], tensor: Tensor | None) -> str:
     """``4-bit (bitsandbytes)``: the form by the names of the classes, else by the dtype, and whose it is."""
+    if isinstance(tensor, Packed):
+        return tensor.words
     own = tensor is not None and type(tensor) not in _KNOWN
     names = f"{cls.__name__} {type(tensor).__name__}" if own else cls.__name__
     bits, form = _BITS.search(names), _FORM.search(names)

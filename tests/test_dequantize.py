@@ -106,7 +106,7 @@ def test_what_cannot_be_read_says_so(hub, tmp_path):
     config = json.loads((hub / "gpt_oss" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
     model = from_meta(hub / "gpt_oss")
-    with pytest.raises(CheckpointError, match=r"is quantized \(bitsandbytes\), and transformers (has no conversion|cannot read that)"):
+    with pytest.raises(CheckpointError, match=r"is quantized \(bitsandbytes\), and transformers has no conversion"):
         moepatch.load_checkpoint(model, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "quantization_config"}))
     with pytest.raises(CheckpointError, match=r"look quantized \(torch.uint8\), and no config.json beside them says how"):

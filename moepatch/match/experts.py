@@ -26,6 +26,8 @@ from .near import class_name
 from .probe import candidates, fingerprint, finite_numbers, is_shape, misfit, misfit_of_all, recognise
 from .witness import Objection
 
+#: What to do about quantized experts where nobody knows how the model was quantized.
+QUANTIZED_HINT = "They keep their own code, and the rest of the model is patched. Load the model with its weights dequantized to have them patched."
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
@@ -63,8 +65,7 @@ def refusal(found: Found, reason: str) -> Refusal:
 
 def quantized(found: Found, reason: str) -> Refusal:
     """A refusal of experts that keep their own code because only that can compute with their weights."""
-    hint = "They keep their own code, and the rest of the model is patched. To have them patched, load the model with its weights dequantized, where there is an option for it."
-    return Refusal(fqns=found.fqns, class_name=type(found.module).__name__, reason=reason, hint=hint)
+    return Refusal(fqns=found.fqns, class_name=type(found.module).__name__, reason=reason, hint=QUANTIZED_HINT)
 
 
 def left(found: Found, kind: str, reason: str) -> Left:

@@ -7,9 +7,8 @@ packed numbers and scales, for those methods whose configuration has ``dequantiz
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +17,10 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import AutoHfQuantizer, HfQuantizer
 
 from ..errors import CheckpointError
+from ..stored import Quantization
 
 #: What the name of a block's scales adds to that of the weight.
 _SCALE = "_scale_inv"
-
-
-def quantization_of(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a configuration says about quantized weights, its own or that of its text model; None if nothing."""
-    fields = config if isinstance(config, Mapping) else vars(config)
-    for part in (fields, fields.get("text_config")):
-        part = part if isinstance(part, Mapping | None) else vars(part)
-        settings = None if part is None else part.get("quantization_config")
-        if settings:
-            return dict(settings) if isinstance(settings, Mapping) else settings.to_dict()
-    return None
 
 
 def dequantizer(directory: Path, config: PreTrainedConfig) -> HfQuantizer | None:
@@ -46,21 +35,20 @@ def dequantizer(directory: Path, config: PreTrainedConfig) -> HfQuantizer | None
     """
     file = directory / "config.json"
     try:
-        settings = quantization_of(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else config)
-    except (ValueError, AttributeError) as error:
+        found = Quantization.of(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else config, always=True)
+    except ValueError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if settings is None:
+    if found is None:
         return None
-    method = str(settings.get("quant_method", "by an unnamed method"))
-    try:
-        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
-    except Exception as error:  # a library of its own may be missing, or the settings may be none that it knows
-        raise CheckpointError(f"{directory} is quantized ({method}), and transformers cannot read that here: {error}") from error
-    if not hasattr(quantizer.quantization_config, "dequantize"):
+    if found.option is None:
         raise CheckpointError(
-            f"{directory} is quantized ({method}), and transformers has no conversion of that to plain weights. Load the model with from_pretrained: "
-            "what is quantized keeps its own code, and moepatch.optimize patches the rest."
+            f"{directory} is quantized ({found.method}), and transformers has no conversion of that to plain weights. Load the model with "
+            "from_pretrained: what is quantized keeps its own code, and moepatch.optimize patches the rest."
         )
+    try:
+        quantizer = AutoHfQuantizer.from_config(dict(found.settings), pre_quantized=True)
+    except Exception as error:  # a library of its own may be missing, or the settings may be none that it knows
+        raise CheckpointError(f"{directory} is quantized ({found.method}), and transformers cannot read that here: {error}") from error
     quantizer.quantization_config.dequantize = True
     return quantizer
 
