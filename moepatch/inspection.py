@@ -20,6 +20,7 @@ from .estimate import Estimate, estimate
 from .needs import best_device
 from .plainly import runs_plainly
 from .planning import SCHEMA_VERSION, Plan, make_plan
+from .quantized import kept
 from .source import Weights
 from .stored import Quantization
 
@@ -250,12 +251,17 @@ def _of_settings(config: PreTrainedConfig, model: nn.Module, weights: Weights | 
 
 
 def _forbidden(model: nn.Module) -> Iterator[str]:
-    """What `optimize` would refuse to start with, as warnings."""
+    """What `optimize` would refuse to start with, and what it would leave alone because it is quantized, as warnings."""
     try:
         check_model(model)
     except CheckFailed as error:
         for problem in error.problems:
             yield f"optimize() would refuse: {problem}"
+    quantized = {name: words for name, module in model.named_modules() if (words := kept(module)) is not None}
+    for words in dict.fromkeys(quantized.values()):
+        names = [name for name, own in quantized.items() if own == words]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"the weights of {names[0] or 'the model'}{more} are {words}: they cannot be trained (adapters beside them can), and keep their own code"
     inner = next((name for name, module in model.named_modules() if name and api.patch_of(module) is not None), None)
     if inner is not None:
         yield f"{inner!r} inside it is patched: moepatch.inspect(model.get_submodule({inner!r})) says how"
