@@ -18,6 +18,8 @@ from .surgery import is_bare
 
 #: What weights are computed with.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+#: What to do about quantized experts where nobody knows how the model was quantized.
+QUANTIZED_HINT = "They keep their own code, and the rest of the model is patched. Load the model with its weights dequantized to have them patched."
 _PLAIN = (nn.Parameter, Tensor)
 _KNOWN = (*_PLAIN, nn.UninitializedParameter, DTensor)
 _LINEAR = re.compile(r"Linear")

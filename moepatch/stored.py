@@ -18,8 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .match.experts import QUANTIZED_HINT
-from .quantized import Packed
+from .quantized import QUANTIZED_HINT, Packed
 from .site import Refusal
 
 #: Methods that quantize linear layers while a model is loaded, and leave experts that are stacked in one parameter as they are.
@@ -28,6 +27,8 @@ _LINEAR_ONLY = frozenset("bitsandbytes eetq higgs hqq quanto torchao".split())
 _EXPERTS_ONLY = frozenset({"mxfp4"})
 #: Under which names methods list what they leave alone.
 _SKIPPED = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "exclude")
+#: What modules of transformers' own say of their weights.
+_OWN = re.compile(r"\b(\w+) \(transformers\)")
 _FORM = re.compile(r"(?P<kind>mxfp|nvfp|float|fp|int|uint)(?P<bits>\d+)", re.IGNORECASE)
 
 
@@ -128,7 +129,12 @@ class Quantization:
 
 
 def advised(refusals: list[Refusal], model: nn.Module) -> list[Refusal]:
-    """The refusals with the option that makes plain weights, where weights are quantized and the model's configuration says how."""
+    """The refusals with the option that makes plain weights, where weights are quantized and the model's configuration says how, or their class."""
     config = vars(model).get("config")
-    found = Quantization.of(config) if isinstance(config, PreTrainedConfig) else None
-    return [replace(r, hint=found.hint) if found is not None and r.hint == QUANTIZED_HINT else r for r in refusals]
+    said = Quantization.of(config) if isinstance(config, PreTrainedConfig) else None
+
+    def found(refusal: Refusal) -> Quantization | None:
+        own = _OWN.search(refusal.reason)
+        return said or (Quantization(own[1].lower(), {}) if own is not None else None)
+
+    return [replace(r, hint=found(r).hint) if r.hint == QUANTIZED_HINT and found(r) is not None else r for r in refusals]

@@ -17,7 +17,7 @@ from ..experts.activation import OWN, Activation
 from ..experts.spec import ExpertsSpec
 from ..kinds import KINDS
 from ..layout.experts import ExpertsLayout, flat_layout, fused_layout
-from ..quantized import kept, kept_inside
+from ..quantized import QUANTIZED_HINT, kept, kept_inside
 from ..registry import register_matcher
 from ..replica import replica, size_map
 from ..scan import Found, Scan
@@ -26,8 +26,6 @@ from .near import class_name
 from .probe import candidates, fingerprint, finite_numbers, is_shape, misfit, misfit_of_all, recognise
 from .witness import Objection
 
-#: What to do about quantized experts where nobody knows how the model was quantized.
-QUANTIZED_HINT = "They keep their own code, and the rest of the model is patched. Load the model with its weights dequantized to have them patched."
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
