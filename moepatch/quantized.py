@@ -120,7 +120,7 @@ def _words(cls: type[nn.Module], tensor: Tensor | None) -> str:
     elif tensor is not None and tensor.dtype not in FLOATS:
         words = str(tensor.dtype).removeprefix("torch.")
     else:
-        words = f"a {type(tensor).__name__}" if own else "packed"
+        words = type(tensor).__name__ if own else "packed"
     if not own and tensor is not None and bits is None and form is None:
         return words
     path = (type(tensor) if own else cls).__module__.split(".")
