@@ -32,7 +32,7 @@ from .plainly import runs_plainly
 from .planning import Plan
 from .regional import layer_graphs
 from .render import words
-from .reporting import Report
+from .reporting import Report, quantized_since
 from .surgery import Journal, Patched
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -212,7 +212,7 @@ def report(model: nn.Module) -> Report:
     if patch is None:
         where = _elsewhere(model, "report") or " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
-    return replace(patch.report, notes=(*patch.report.notes, *words.changed(_changes(model)), *called(model)))
+    return replace(patch.report, notes=(*patch.report.notes, *words.changed(_changes(model)), *called(model), *quantized_since(model, patch.report.plan)))
 
 
 def _changes(model: nn.Module) -> dict[str, list[tuple[str, bool]]]:

@@ -21,10 +21,9 @@ from .parallel.apply import can_split
 from .parallel.expert_adapters import adapts_a_parameter
 from .parallel.mesh import why_not_mesh
 from .planning import Plan
+from .quantized import kept
 from .scan import Scan, outermost_pretrained
 from .surgery import Patched
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_model(model: object, mesh: DeviceMesh | None = None) -> None:
@@ -36,7 +35,7 @@ def check_model(model: object, mesh: DeviceMesh | None = None) -> None:
     """
     if not isinstance(model, nn.Module):
         raise MoePatchError(f"optimize() takes a torch.nn.Module, such as from_pretrained returns; this is a {type(model).__name__}.")
-    problems = [*_mesh(model, mesh), *_compiled(model), *_wrapped(model), *(_without_numbers(model) or _quantized(model))]
+    problems = [*_mesh(model, mesh), *_compiled(model), *_wrapped(model), *(_without_numbers(model) or _quantized(model, mesh))]
     # One kind of wrapper explains the rest: an offloaded or wrapped tree would repeat itself for every module.
     problems += [] if problems else [*_offloaded(model)]
     if problems:
@@ -141,14 +140,14 @@ def _without_numbers(model: nn.Module) -> list[Problem]:
     return []
 
 
-def _quantized(model: nn.Module) -> Iterator[Problem]:
-    hint = "Load it with its weights dequantized (for example dtype=torch.bfloat16 with dequantize=True in the quantization config)."
-    for name, tensor in model.named_parameters():
-        if tensor.dtype not in _FLOATS:
-            yield Problem("quantized", name, f"its weights are {tensor.dtype} of shape {tuple(tensor.shape)}, which cannot be trained.", hint)
-            return
-        if type(tensor) not in (nn.Parameter, nn.UninitializedParameter, torch.Tensor, DTensor):
-            yield Problem("quantized", name, f"its weights are a {type(tensor).__name__}, not a plain parameter.", hint)
+def _quantized(model: nn.Module, mesh: DeviceMesh | None) -> Iterator[Problem]:
+    """FSDP2 shards plain floats. On one device whatever is quantized keeps its own code."""
+    if mesh is None:
+        return
+    hint = "Optimize without a mesh, or load it with its weights dequantized (where the quantization config has dequantize=True)."
+    for name, module in model.named_modules():
+        if (words := kept(module)) is not None:
+            yield Problem("quantized", name or "model", f"its weights are {words}, which cannot be spread over ranks.", hint)
             return
     if getattr(model, "hf_quantizer", None) is not None:
         yield Problem("quantized", "model", f"it was loaded by {type(model.hf_quantizer).__name__}.", hint)

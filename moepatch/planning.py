@@ -22,6 +22,7 @@ from .needs import best_device
 from .progress import counted
 from .scan import Scan
 from .site import Left, Refusal, Site
+from .stored import advised
 from .work import Share, Work, work_of
 
 SCHEMA_VERSION = 1
@@ -280,7 +281,7 @@ def make_plan(
         groups.setdefault((site.kind, site.spec, site.class_name, site.now, site.dtype, site.device), []).append(site)
     patterns = sorted((_choose(tuple(group), numerics) for group in groups.values()), key=lambda p: KINDS[p.site.kind].dense)
     work = work_of(scan, sites, refusals, left)
-    plan = Plan(type(model).__name__, tuple(patterns), tuple(refusals), tuple(left), work, expert_signs(model))
+    plan = Plan(type(model).__name__, tuple(patterns), tuple(advised(refusals, model)), tuple(left), work, expert_signs(model))
     return plan.with_backends(**overrides) if overrides else plan
 
 

@@ -59,24 +59,27 @@ def test_not_a_module():
         moepatch.optimize({})
 
 
-def test_quantized_experts(qwen3):
+class Params4bit(nn.Parameter):
+    """A tensor of its own, as quantizing libraries have it."""
+
+
+QUANTIZED_EXPERTS = {
+    "int8": lambda: nn.Parameter(torch.zeros(8, 64, 48, dtype=torch.int8), requires_grad=False),
+    "float8_e4m3fn": lambda: nn.Parameter(torch.zeros(8, 64, 48).to(torch.float8_e4m3fn), requires_grad=False),
+    "4-bit": lambda: Params4bit(torch.zeros(8, 64, 48)),
+}
+
+
+@pytest.mark.parametrize("form", QUANTIZED_EXPERTS)
+def test_quantized_experts_keep_their_own_code(qwen3, form):
+    """The rest of the model is patched, the other experts too; `strict` says that something is left."""
     experts = qwen3.model.layers[1].mlp.experts
-    experts.down_proj = nn.Parameter(torch.zeros(8, 64, 48, dtype=torch.int8), requires_grad=False)
-    refused(qwen3, moepatch.CheckFailed, r"layers\.1\.mlp\.experts\.down_proj: its weights are torch.int8 of shape \(8, 64, 48\).*dequantized")
-    assert code(qwen3) == ["quantized"]
-
-
-def test_float8_experts(qwen3):
-    qwen3.model.layers[0].mlp.experts.down_proj.data = torch.zeros(8, 64, 48).to(torch.float8_e4m3fn)
-    assert code(qwen3) == ["quantized"]
-
-
-def test_weights_of_a_quantization_library(qwen3):
-    class Params4bit(nn.Parameter):
-        """As such libraries do it."""
-
-    qwen3.model.layers[0].mlp.experts.down_proj = Params4bit(torch.zeros(8, 64, 48))
-    refused(qwen3, moepatch.CheckFailed, r"its weights are a Params4bit, not a plain parameter")
+    experts.down_proj = QUANTIZED_EXPERTS[form]()
+    refused(qwen3, moepatch.LeftAlone, f"Qwen3MoeExperts \\(model.layers.1.mlp.experts\\): its weights are {form}", strict=True)
+    report = moepatch.report(moepatch.optimize(qwen3))
+    (refusal,) = report.plan.refusals
+    assert refusal.fqn == "model.layers.1.mlp.experts" and refusal.reason.startswith(f"its weights are {form}")
+    assert isinstance(qwen3.model.layers[0].mlp.experts, moepatch.Patched) and not isinstance(experts, moepatch.Patched)
 
 
 @pytest.fixture

@@ -79,6 +79,8 @@ class PatchedParallelLinear(Patched):
     _moepatch: ParallelLinearState
 
     def forward(self, inputs: Tensor, expert_size: Sequence[int] | Tensor) -> Tensor:
+        if self._moepatch.spec.weight.is_quantized(self):
+            return super().forward(inputs, expert_size)
         weight = self._moepatch.spec.weight.canonical(self)
         dtype = autocast_dtype(inputs.device) or weight.dtype
         run = compute("parallel_linear", self._moepatch.backend)

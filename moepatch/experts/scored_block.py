@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..surgery import Patched
+from .module import are_quantized
 from .spec import ExpertsSpec
 
 
@@ -63,6 +64,8 @@ class PatchedScoredBlock(Patched):
     def forward(self, hidden_states):
         """See the class."""
         spec = self._moepatch.spec
+        if are_quantized(self._modules[spec.experts_name]):
+            return super().forward(hidden_states)
         x_TH = hidden_states.flatten(0, -2)
         scores_TE, logits = self.get_submodule(spec.router_name)(x_TH)
         # Scores are above 0 exactly where the router chose, so the largest are the chosen ones.

@@ -17,6 +17,7 @@ from ..experts.expert_list import ExpertListSpec
 from ..experts.spec import ExpertsSpec
 from ..kinds import KINDS, trial_tokens
 from ..layout.experts import fused_layout
+from ..quantized import kept_inside
 from ..registry import register_matcher
 from ..replica import random_fill, replica, size_map
 from ..scan import Found, Scan
@@ -51,6 +52,8 @@ def match_expert_list(found: Found, scan: Scan, memo: dict) -> Site | Refusal | 
 
 def _why_no_form(block: nn.Module, children: dict[str, nn.Module], lists: list[str], routers: list[str]) -> str | None:
     """None for a router, a list of equal gated MLPs of as many elements, and one argument; else what of that is amiss."""
+    if (quantized := kept_inside(block)) is not None:
+        return quantized
     if not lists:
         return in_the_way(block) or "its experts are separate modules, and none of them a gated MLP of three linear layers without biases"
     if len(lists) > 1:

@@ -21,6 +21,7 @@ from ..layers.mixers.selective import SelectiveSpec
 from ..kinds import KINDS
 from ..layers.mixers.ssd import SSDSpec
 from ..layers.roles import Roles
+from ..quantized import kept_inside
 from ..registry import register_matcher
 from ..replica import random_fill, replica
 from ..scan import Found, Scan
@@ -61,6 +62,8 @@ def _match(
     # A family that has its own fast path already is left alone.
     if first is None or all(importlib.util.find_spec(library) for library in libraries):
         return None
+    if (quantized := kept_inside(module)) is not None:
+        return left(found, kind, quantized)
     reading = remembered(memo, (kind,), module, lambda: _read(module, kind, candidates(module), small))
     if isinstance(reading, str):
         return left(found, kind, reading)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..quantized import QUANTIZED_HINT, kept_inside
 from ..scan import Found, Scan
 from ..site import Left, Refusal
 from .near import in_the_way, named
@@ -55,7 +56,8 @@ def suspects(scan: Scan, taken: set[int], near: Mapping[int, Left] | None = None
 
 
 def _refuse(found: Found, reason: str) -> Refusal:
-    hint = "It keeps its own forward. To serve it, register a matcher (moepatch.register_matcher)."
+    quantized = kept_inside(found.module) is not None
+    hint = QUANTIZED_HINT if quantized else "It keeps its own forward. To serve it, register a matcher (moepatch.register_matcher)."
     return Refusal(fqns=found.fqns, class_name=type(found.module).__name__, reason=reason, hint=hint)
 
 
