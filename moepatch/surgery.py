@@ -6,6 +6,7 @@ output recorders and shared references go on working, and undoing it is putting 
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
+
+from .errors import MoePatchError
 
 
 class Patched:
@@ -100,6 +103,40 @@ def is_bare(module: nn.Module) -> bool:
     return not hooked and "forward" not in module.__dict__
 
 
+_HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+
+
+def what_is_hung_on(module: nn.Module, name: str) -> str | None:
+    """Words for the first hook, or forward of its own, of a module or one inside it: what computing instead of calling would leave out.
+
+    Args:
+        name: of the module, for the words.
+    """
+    for path, inner in module.named_modules(prefix=name):
+        for attribute, words in _HOOKS.items():
+            for hook in vars(inner)[attribute].values():
+                return f"{path} has a {words} ({_name_of(hook)})"
+        if "forward" in vars(inner):
+            return f"{path} has a forward of its own ({_name_of(vars(inner)['forward'])})"
+    return None
+
+
+def gradient_hook_on(parameter: nn.Parameter) -> str | None:
+    """The name of the first hook on the gradient of a parameter; None if it has none."""
+    hooks = (*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values())
+    return _name_of(hooks[0]) if hooks else None
+
+
+def _name_of(function: Any) -> str:
+    named = function.func if isinstance(function, functools.partial) else function
+    return named.__qualname__ if hasattr(named, "__qualname__") else type(named).__name__
+
+
 @dataclass
 class InjectClass:
     """The step that turns a module into a patched one.
@@ -109,15 +146,26 @@ class InjectClass:
         mixin: what to put over its class, which may be a patched one.
         state: becomes ``module._moepatch``.
         before: the state of the patch underneath.
+        needless: whether another site that shares the module had patched it so.
     """
 
     module: nn.Module
     mixin: type[Patched]
     state: Any
     before: Any = None
+    needless: bool = False
 
     def do(self) -> None:
-        """Patches."""
+        """Patches.
+
+        Raises:
+            MoePatchError: another site that shares the module has patched it with another state.
+        """
+        if isinstance(self.module, self.mixin):
+            self.needless = True
+            if self.module._moepatch != self.state:
+                raise MoePatchError(f"One {original_class(self.module).__name__} is part of two modules, and would be patched in two ways: {self.module._moepatch} and {self.state}. Give both the same backend.")
+            return
         self.before = vars(self.module).get("_moepatch")
         cls = patched_class(self.mixin, type(self.module))
         self.module._moepatch = self.state
@@ -125,6 +173,8 @@ class InjectClass:
 
     def undo(self) -> None:
         """Puts the class back. Parameters, buffers, hooks and flags were never touched."""
+        if self.needless:
+            return
         if isinstance(self.module, self.mixin):  # a class has a mixin once
             self.module.__class__ = _unpatched(type(self.module))
         if self.before is None:

@@ -68,7 +68,8 @@ def make_site(found: Found, kind: str, spec, parameter_names: tuple[str, ...]) -
     parameters = {name: module.get_parameter(name) for name in parameter_names}
     dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters.values()}
     if len(dtypes) > 1:
-        listed = ", ".join(f"{name} {str(p.dtype).removeprefix('torch.')}" for name, p in parameters.items())
+        first = {str(p.dtype).removeprefix("torch."): name for name, p in reversed(parameters.items())}
+        listed = ", ".join(f"{name} {dtype}" for dtype, name in reversed(first.items()))
         return refusal(found, f"its weights have mixed dtypes ({listed})")
     if not dtypes <= {str(dtype).removeprefix("torch.") for dtype in FLOATS}:
         return refusal(found, f"its weights are {dtypes.pop()}, which no backend computes with")
