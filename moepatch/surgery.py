@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import MoePatchError
 
@@ -112,12 +113,15 @@ _HOOKS = {
 
 
 def what_is_hung_on(module: nn.Module, name: str) -> str | None:
-    """Words for the first hook, or forward of its own, of a module or one inside it: what computing instead of calling would leave out.
+    """Words for the first hook, parametrization or forward of its own of a module or one inside it: what is left out where it is not called.
 
     Args:
         name: of the module, for the words.
     """
     for path, inner in module.named_modules(prefix=name):
+        if is_parametrized(inner):
+            weight, ((made, *_), *_) = next(iter(inner.parametrizations.keys())), inner.parametrizations.values()
+            return f"{path} has a parametrized {weight} ({type(made).__name__})"
         for attribute, words in _HOOKS.items():
             for hook in vars(inner)[attribute].values():
                 return f"{path} has a {words} ({_name_of(hook)})"
@@ -190,19 +194,22 @@ class ReplaceState:
     Attributes:
         module: a patched module.
         mixin, state: the new ones.
+        under: a mixin that comes between the new one and the class, or None.
         before: the old ones.
     """
 
     module: nn.Module
     mixin: type[Patched]
     state: Any
+    under: type[Patched] | None = None
     before: tuple[type, Any] | None = None
 
     def do(self) -> None:
         """Replaces."""
         self.before = type(self.module), self.module._moepatch
         self.module._moepatch = self.state
-        self.module.__class__ = patched_class(self.mixin, type(self.module)._moepatch_parts[1])
+        base = type(self.module)._moepatch_parts[1]
+        self.module.__class__ = patched_class(self.mixin, base if self.under is None else patched_class(self.under, base))
 
     def undo(self) -> None:
         """Puts the earlier mixin and state back."""

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
+from ..errors import MoePatchError
 from ..layout.experts import Weight
 from ..layout.ops import Flatten, Stack, Unflatten
 from ..registry import compute
@@ -217,7 +218,29 @@ def stack_expert_list(block: nn.Module, spec: ExpertListSpec) -> tuple[Step, ...
     """The change of layout of the kind on a mesh, after the injections: only whole parameters can be spread over ranks."""
     experts = block.get_submodule(spec.experts_name)
     stacked = ExpertsState(spec.experts, experts._moepatch.backend, None)
-    return ReplaceState(experts, PatchedExperts, stacked), StackExperts(experts, spec.weights())
+    return ReplaceState(experts, PatchedExperts, stacked, under=EmptiedList), StackExperts(experts, spec.weights())
+
+
+class EmptiedList(Patched):
+    """A list whose elements' weights have become its own parameters: whoever asks for an element is told so."""
+
+    def __getitem__(self, index):
+        raise MoePatchError(
+            f"Expert {index} is no module of its own now: on a mesh the weights of all experts are stacked ({', '.join(self._parameters)}) and spread over "
+            f"ranks. state_dict() has them under their names, and moepatch.restore(model) brings the modules back."
+        )
+
+    def __iter__(self):
+        return iter(self[:])
+
+    def __len__(self):
+        return vars(self._moepatch).get("num_experts", self._moepatch.spec.num_experts)  # of all ranks
+
+    def __bool__(self):
+        return True
+
+    def __repr__(self):
+        return nn.Module.__repr__(self)
 
 
 def why_not_stacked(block: nn.Module, spec: ExpertListSpec, model: nn.Module) -> str | None:

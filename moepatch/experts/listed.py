@@ -8,15 +8,13 @@ looks whether the data still lie there, and stacks a copy where they do not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.hooks import RemovableHandle
 
-from ..layout.adjacent import storages_apart
 from ..layout.experts import Weight
 
 #: Under this name a list keeps what `Listed` knows of it: in its ``__dict__``, out of sight of nn.Module, of pickles and of copies.
@@ -66,26 +64,28 @@ class Listed:
         """Moves the weights into one buffer for each stacked tensor, one at a time twice in memory. On the meta device, or where they would
         not stay what they are to others (shared between processes, views of something larger), they stay where they are."""
         self.joined = {}
-        if not all(_may_move(p) for name in self.groups for p in self._parameters(name)):
-            return
         for name in self.groups:
             parameters = self._parameters(name)
-            if len({(p.device, p.dtype, p.shape) for p in parameters}) > 1:
+            if any(type(p) is not nn.Parameter or p.is_meta for p in parameters) or len({(p.device, p.dtype, p.shape) for p in parameters}) > 1:
                 continue
+            if not all(map(_may_move, parameters)):
+                continue
+            first, size = parameters[0], parameters[0].nbytes
+            memory = torch.empty(len(parameters) * size, dtype=torch.uint8, device=first.device).untyped_storage()
+            buffer = _over(memory, (len(parameters), *first.shape), first)
+            self.joined[name] = buffer, []
             with torch.no_grad():
-                buffer = torch.empty((len(parameters), *parameters[0].shape), dtype=parameters[0].dtype, device=parameters[0].device)
-                self.joined[name] = buffer, []
-                for parameter, part in zip(parameters, buffer, strict=True):
-                    part.copy_(parameter)
-                    parameter.data = part
+                for i, parameter in enumerate(parameters):
+                    # A storage of its own: those who write checkpoints take tensors of one storage for one weight under several names.
+                    parameter.data = _over(memory[i * size : (i + 1) * size], first.shape, first).copy_(parameter)
             self.joined[name] = buffer, _places_of(parameters)
 
     def part(self) -> None:
         """Gives each parameter that is still a slice its own storage again."""
         for name, (buffer, _) in self.joined.items():
-            storage = buffer.untyped_storage().data_ptr()
+            first, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
             for parameter in self._parameters(name):
-                if type(parameter) is nn.Parameter and not parameter.is_meta and parameter.untyped_storage().data_ptr() == storage:
+                if type(parameter) is nn.Parameter and not parameter.is_meta and first <= parameter.data_ptr() < end:
                     parameter.data = parameter.data.clone()
         self.joined = {}
 
@@ -143,6 +143,11 @@ def stacked(wholes: Mapping[str, Whole], topk_ids: Tensor, experts: int, idle_ze
     return found
 
 
+def _over(storage: torch.UntypedStorage, shape: Sequence[int], like: Tensor) -> Tensor:
+    """A contiguous tensor over the beginning of a storage."""
+    return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, tuple(shape))
+
+
 def _places_of(parameters: Sequence[Tensor]) -> list[tuple] | None:
     """Where tensors lie in memory; None where one is no plain parameter, such as a tracer's, which may lie nowhere."""
     if any(type(p) is not nn.Parameter for p in parameters):
@@ -151,7 +156,7 @@ def _places_of(parameters: Sequence[Tensor]) -> list[tuple] | None:
 
 
 def _may_move(parameter: Tensor) -> bool:
-    if type(parameter) is not nn.Parameter or parameter.is_meta or parameter.is_shared() and not parameter.is_cuda:
+    if parameter.is_shared() and not parameter.is_cuda:
         return False
     return parameter.layout is torch.strided and parameter.untyped_storage().nbytes() == parameter.nbytes
 
@@ -236,18 +241,15 @@ class JoinExperts:
 
     module: nn.ModuleList
     weights: Mapping[str, Weight]
-    hooks: list[RemovableHandle] = field(default_factory=list)
 
     def do(self) -> None:
         """Moves them."""
         held = vars(self.module)[HELD] = Listed(self.module, self.weights)
-        self.hooks.append(self.module.register_state_dict_post_hook(storages_apart))
         held.join()
 
     def undo(self) -> None:
         """Gives each its own storage again."""
-        for hook in self.hooks:
-            hook.remove()
-        held = vars(self.module).pop(HELD, None)
+        held = vars(self.module).get(HELD)
         if held is not None:
             held.part()
+            del vars(self.module)[HELD]

@@ -34,9 +34,7 @@ from .witness import Objection
 def match_expert_list(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
     """See the module's docstring."""
     block = found.module
-    children = dict(block.named_children())
-    lists = [name for name, child in children.items() if isinstance(child, nn.ModuleList) and len(child) > 1 and _is_gated_mlp(child[0])]
-    routers = [name for name, child in children.items() if _is_linear(child)]
+    children, lists, routers = _parts(block)
     reason = _why_no_form(block, children, lists, routers) or _what_would_be_lost(block, lists[0], scan, memo)
     if reason is not None:
         return left(found, "expert_list", reason) if any(is_list(scan.of(child)) for child in children.values()) else None
@@ -48,6 +46,13 @@ def match_expert_list(found: Found, scan: Scan, memo: dict) -> Site | Refusal | 
         return refusal(found, reading)
     paths = tuple(f"{reading.experts_name}.{path}" for weight in reading.weights().values() for path in weight.names)
     return make_site(found, "expert_list", reading, paths)
+
+
+def _parts(block: nn.Module) -> tuple[dict[str, nn.Module], list[str], list[str]]:
+    """The children of a block, and the names of those that may be its experts and its router."""
+    children = dict(block.named_children())
+    lists = [name for name, child in children.items() if isinstance(child, nn.ModuleList) and len(child) > 1 and _is_gated_mlp(child[0])]
+    return children, lists, [name for name, child in children.items() if _is_linear(child)]
 
 
 def _why_no_form(block: nn.Module, children: dict[str, nn.Module], lists: list[str], routers: list[str]) -> str | None:
@@ -67,6 +72,9 @@ def _why_no_form(block: nn.Module, children: dict[str, nn.Module], lists: list[s
     experts, rows = children[lists[0]], children[routers[0]].weight.shape[0]
     if rows != len(experts):
         return f"its router {routers[0]} has {rows} outputs for {len(experts)} experts"
+    drops = next((f"{name}, p={m.p}" for name, m in block.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0), None)
+    if drops is not None:
+        return f"it drops numbers out in training ({drops})"
     if len({fingerprint(expert) for expert in experts}) > 1:
         return in_the_way(experts) or hung or f"its experts {lists[0]} are not all alike"
     return hung
@@ -92,11 +100,11 @@ def _what_would_be_lost(block: nn.Module, name: str, scan: Scan, memo: dict) -> 
     shared = next((path for path, p in experts.named_parameters() if not p.is_meta and memo["memory"][p.data_ptr()] > 1), None)
     if shared is not None:
         return f"{name}.{shared} shares its memory with another parameter"
-    holders = [parent for parent, _ in scan.of(experts).parents]
-    if len({(fingerprint(holder), _dtypes(holder)) for holder in holders}) > 1:
-        other = next(holder for holder in holders if holder is not block)
-        return f"its list of experts {name} is part of {scan.of(other).fqn or 'the model'}, too, which is another kind of block"
-    return None
+    # Who else holds the list finds it as it was; but it can be patched in one way only.
+    own = fingerprint(block), _dtypes(block)
+    blocks = [parent for parent, _ in scan.of(experts).parents if _why_no_form(parent, *_parts(parent)) is None]
+    other = next((scan.of(parent).fqn for parent in blocks if (fingerprint(parent), _dtypes(parent)) != own), None)
+    return None if other is None else f"its list of experts {name} is that of {other or 'the model'}, too, which is another kind of block"
 
 
 def _dtypes(module: nn.Module) -> tuple[torch.dtype, ...]:
