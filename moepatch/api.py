@@ -25,6 +25,7 @@ from .parallel.agree import together
 from .parallel.apply import Dispatch, choose_dispatch, why_whole
 from .parallel.memory import why_not_whole
 from .parallel.mesh import in_order
+from .pickling import OnOthers
 from .plainly import runs_plainly
 from .planning import Plan
 from .regional import layer_graphs
@@ -36,7 +37,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
-class _Patch:
+class _Patch(OnOthers):
     """What stays with a patched model. Plain attributes, so that deepcopy and pickle follow the references to modules."""
 
     report: Report
@@ -206,7 +207,17 @@ def report(model: nn.Module) -> Report:
     if patch is None:
         where = _elsewhere(model, "report") or " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
-    return patch.report
+    return replace(patch.report, notes=(*patch.report.notes, *words.changed(_changes(model))))
+
+
+def _changes(model: nn.Module) -> dict[str, list[tuple[str, bool]]]:
+    """By module what its family reads and what is, or was for a time, not as at the patch; and whether it still is not."""
+    found = {}
+    for fqn, module in model.named_modules():
+        if isinstance(module, Patched):
+            now = module.changes()
+            found[fqn or "the model"] = [(str(change), change in now) for change in module.met()]
+    return found
 
 
 def _elsewhere(model: nn.Module, call: str) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from .choice import Choosing
 from .layers.loss.labelled import Labelled
 from .parallel.save import save_sharded, sharding_mesh
 from .surgery import Patched
@@ -40,10 +41,9 @@ class ModelState:
         return f"{self.modules} modules patched"
 
 
-class PatchedModel(Labelled, Patched):
-    """A whole ``PreTrainedModel``: the class keeps its name (transformers writes it into ``architectures``), saving becomes safe."""
+class PatchedModel(Labelled, Choosing, Patched):
+    """A whole ``PreTrainedModel``, whose saving becomes safe."""
 
-    keeps_name = True
     _moepatch: ModelState
 
     def save_pretrained(self, save_directory, *args, **kwargs):

@@ -6,47 +6,127 @@ output recorders and shared references go on working, and undoing it is putting 
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import MoePatchError
+from .pickling import reduced
+from .reads import Reads
+from .watch import Change, Watch, watch
+
+_transforms, _traces = torch._C._are_functorch_transforms_active, torch._C._is_tracing
 
 
 class Patched:
-    """Base of every mixin: finds the class underneath, prints what was done, and pickles.
+    """Base of every mixin: finds the class underneath, prints what was done, copies itself patched, and pickles.
 
     The instance attribute ``_moepatch`` holds the patch's state, a plain value without modules or tensors.
     """
 
-    #: True if the patched class goes by the name of the class underneath, for classes whose name is data.
-    keeps_name = False
+    #: False if it takes weights of any shape.
+    reads_shapes = True
     _moepatch: Any
+    _moepatch_watch: Watch | None = None
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and "_moepatch_parts" not in vars(cls):
+            cls.forward = _guarded(cls, cls.forward)
+
+    def traced(self, family: Callable[..., Any], own: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a call returns in the midst of ``torch.func`` transforms and of ``torch.jit.trace``: what the family's forward does.
+
+        They see tensors that have no memory, and want to look into every function of autograd.
+
+        Args:
+            family, own: the forward underneath, and the mixin's.
+            args, kwargs: of the call.
+        """
+        return family(*args, **kwargs)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"[moepatch: {self._moepatch}]"]
         return ", ".join(part for part in parts if part)
 
+    def changes(self) -> tuple[Change, ...]:
+        """What of that which the family reads is not what it was at the patch: as long as there is something, the family's code computes."""
+        return () if self._moepatch_watch is None else self._moepatch_watch.changes(self)
+
+    def met(self) -> tuple[Change, ...]:
+        """Every change that there was so far."""
+        return () if self._moepatch_watch is None else tuple(self._moepatch_watch.said)
+
+    def leave_to_family(self) -> None:
+        """Is called before the family's code computes what has changed; raises where that code cannot."""
+
+    def __copy__(self) -> nn.Module:
+        return self._moepatch_again(dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return self._moepatch_again(lambda state: copy.deepcopy(state, memo), memo)
+
+    def _moepatch_again(self, copied: Callable[[dict[str, Any]], dict[str, Any]], memo: dict[int, Any] | None = None) -> nn.Module:
+        made = type(self).__new__(type(self))
+        if memo is not None:
+            memo[id(self)] = made  # what it holds may hold it
+        made.__setstate__(copied(self.__getstate__()))
+        made.made_again()
+        return made
+
+    def made_again(self) -> None:
+        """Is called of a copy, and of what was unpickled, when it has its state."""
+
     def __reduce_ex__(self, protocol):
-        # The class was made at run time and cannot be found by name: rebuild it from those that can.
-        mixins, base = [], type(self)
-        while "_moepatch_parts" in vars(base):
-            mixin, base = base._moepatch_parts
-            mixins.append(mixin)
-        return _rebuild, (*reversed(mixins), base), self.__getstate__()
+        # Where something was put over the patch (``fully_shard``), that one's way of pickling is asked, or its refusal given.
+        return reduced(self, _parts(type(self))) if "_moepatch_parts" in vars(type(self)) else super().__reduce_ex__(protocol)
 
 
-def _rebuild(*parts: type) -> nn.Module:
-    *mixins, cls = parts
+def _parts(cls: type) -> tuple[tuple[type[Patched], ...], type[nn.Module]]:
+    """The mixins of a patched class, the innermost first, and the class underneath."""
+    mixins = []
+    while "_moepatch_parts" in vars(cls):
+        mixin, cls = cls._moepatch_parts
+        mixins.append(mixin)
+    return tuple(reversed(mixins)), cls
+
+
+def made_of(parts: tuple[tuple[type[Patched], ...], type[nn.Module]]) -> type[nn.Module]:
+    """The class that has these mixins over a class; the opposite of what a pickle takes apart."""
+    mixins, cls = parts
     for mixin in mixins:
         cls = patched_class(mixin, cls)
-    return cls.__new__(cls)
+    return cls
+
+
+def _guarded(mixin: type[Patched], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A mixin's forward, which is left to the family as long as something has changed that its code reads, and to `Patched.traced` in the midst of
+    ``torch.func`` transforms and of ``torch.jit.trace``."""
+
+    @functools.wraps(forward)
+    def guarded(self, *args, **kwargs):
+        watch = self._moepatch_watch
+        if watch is not None and watch.changed(self):
+            self.leave_to_family()
+            return super(Patched, self).forward(*args, **kwargs)
+        if _transforms() or _traces():
+            return self.traced(super(mixin, self).forward, functools.partial(forward, self), args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return guarded
+
+
+def is_traced() -> bool:
+    """Whether a ``torch.func`` transform or ``torch.jit.trace`` is at work on this thread, for which modules run their family's code."""
+    return _transforms() or _traces()
 
 
 class MadeClasses:
@@ -72,11 +152,45 @@ class MadeClasses:
 _MADE = MadeClasses()
 
 
+class _Unnamed(type):
+    """The type of patched classes, which stand for the class underneath wherever somebody has got hold of one by ``type(module)``.
+
+    To make an object of such a class makes an ordinary one, a class statement over it extends the class underneath, and the objects of the
+    class underneath are objects of it: layers of one class are, though not all of them may be patched.
+    """
+
+    def __new__(meta, name: str, bases: tuple[type, ...], body: dict[str, Any], **kwargs: Any):
+        # What is made without a statement (``fully_shard``, a parametrization) is made to be put over a patched object.
+        if "__qualname__" in body and not any(key.startswith("_moepatch") for key in body):
+            bases = tuple(_parts(base)[1] for base in bases)
+            meta = max((type(base) for base in bases), key=lambda kind: len(kind.__mro__))
+            return meta(name, bases, body, **kwargs)
+        return super().__new__(meta, name, bases, body, **kwargs)
+
+    def __call__(cls, *args, **kwargs):
+        plain = cls
+        while issubclass(plain, Patched):
+            plain = _unpatched(plain)
+        return plain(*args, **kwargs) if plain is not cls else super().__call__(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return super().__instancecheck__(instance) or ("_moepatch_parts" in vars(cls) and isinstance(instance, _parts(cls)[1]))
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return super().__subclasscheck__(other) or ("_moepatch_parts" in vars(cls) and issubclass(other, _parts(cls)[1]))
+
+
 def patched_class(mixin: type[Patched], base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` whose behaviour `mixin` overrides; one class for each pair."""
-    name = base.__name__ if mixin.keeps_name else f"Patched{base.__name__}"
-    described = {"__module__": base.__module__, "__qualname__": name, "__doc__": base.__doc__, "_moepatch_parts": (mixin, base)}
-    return _MADE.get(base, mixin, lambda: type(name, (mixin, base), described))
+    """The subclass of `base` whose behaviour `mixin` overrides; one class for each pair. It goes by the name of `base`, for classes are looked
+    up by their names (FSDP's wrapping, device maps, ``architectures`` of a config)."""
+    described = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "_moepatch_parts": (mixin, base)}
+    return _MADE.get(base, mixin, lambda: _type_over(type(base))(base.__name__, (mixin, base), described))
+
+
+@functools.cache
+def _type_over(kind: type) -> type:
+    """The type of patched classes over a class of some type."""
+    return _Unnamed if kind is type else kind if issubclass(kind, _Unnamed) else type(kind.__name__, (_Unnamed, kind), {})
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -91,17 +205,18 @@ def _unpatched(cls: type) -> type:
     """A class without the last patch in it. What was put over the patched class since (``fully_shard``, a parametrization) stays."""
     if "_moepatch_parts" in vars(cls):
         return cls._moepatch_parts[1]
-    mixin, base = cls._moepatch_parts
     bases = tuple(_unpatched(c) if issubclass(c, Patched) else c for c in cls.__bases__)
-    name = cls.__name__.replace(patched_class(mixin, base).__name__, base.__name__)
     body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
-    return _MADE.get(cls, _unpatched, lambda: type(name, bases, body))
+    return _MADE.get(cls, _unpatched, lambda: type(cls.__name__, bases, body))
 
 
 def is_bare(module: nn.Module) -> bool:
     """Whether not calling a module's ``__call__``, but computing what it does, leaves nothing out."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and "forward" not in module.__dict__
+    if hooked or "forward" in module.__dict__:
+        return False
+    watch = module._moepatch_watch if isinstance(module, Patched) else None
+    return watch is None or not watch.changed(module)
 
 
 _HOOKS = {
@@ -215,6 +330,33 @@ class ReplaceState:
         """Puts the earlier mixin and state back."""
         if self.before is not None:
             self.module.__class__, self.module._moepatch = self.before
+
+
+@dataclass
+class WatchModule:
+    """The step that has a patched module notice what changes of that which its family reads.
+
+    Attributes:
+        module: a patched module.
+        followed: what it reads itself, see `watch`.
+        inside: whether the patch knows something of children.
+        memo: shared by the modules of a model; not kept.
+    """
+
+    module: Patched
+    followed: Collection[str]
+    inside: bool
+    memo: dict[type, Reads] | None
+
+    def do(self) -> None:
+        """Writes down what is read, as it is now."""
+        module = self.module
+        vars(module)["_moepatch_watch"] = watch(module, original_class, Patched, self.followed, self.inside, module.reads_shapes, self.memo)
+        self.memo = None
+
+    def undo(self) -> None:
+        """Forgets it."""
+        vars(self.module).pop("_moepatch_watch", None)
 
 
 class Step(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 
 import compare
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.nn import functional as F
 
+from moepatch.layout import adjacent as adjacent_module
 from moepatch.layout.adjacent import Adjacent, adjacent, joined, joint_linear
 
 ROWS, K = (6, 2, 3), 5
@@ -123,13 +125,32 @@ def test_a_state_dict_is_still_the_weights():
     assert (state["model.k.weight"] == 3.0).all()
 
 
-def test_nothing_of_it_stays():
-    module = Three()
-    step = Adjacent(module, names())
-    step.do()
-    assert module._state_dict_hooks
-    step.undo()
-    assert not module._state_dict_hooks
+def test_each_has_a_storage_of_its_own(tmp_path):
+    """Many take tensors of one storage for one weight with several names, or write the whole of it for each."""
+    from accelerate.utils.other import clean_state_dict_for_safetensors
+
+    module, plain = made(bias=True), Three(bias=True)
+    named, usual = dict(module.named_parameters()), dict(plain.named_parameters())
+    assert clean_state_dict_for_safetensors(dict(named)).keys() == named.keys()
+    for name, parameter in named.items():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes and parameter.storage_offset() == 0
+        torch.save(parameter, tmp_path / "ours"), torch.save(usual[name], tmp_path / "theirs")
+        assert os.path.getsize(tmp_path / "ours") == os.path.getsize(tmp_path / "theirs")
+    module.share_memory()  # moves each by itself
+    assert torch.equal(module(torch.ones(2, K)), torch.cat([module._modules[name](torch.ones(2, K)) for name in "qkv"], -1))
+
+
+def test_the_buffer_goes_with_the_last_that_uses_it():
+    module = made()
+    reference = adjacent_module._BUFFERS[module.q.weight.data_ptr()]
+    whole, before = adjacent(*module.leaves("weight")), torch.cat(module.leaves("weight"))
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0)
+    assert torch.equal(whole, before) and not reference.expired()
+    del whole
+    assert reference.expired()
+    made()
+    assert all(not kept.expired() for kept in adjacent_module._BUFFERS.values())
 
 
 def test_a_patched_model_is_saved_as_before(tmp_path):

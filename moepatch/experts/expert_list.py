@@ -21,12 +21,14 @@ from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
 from ..errors import MoePatchError
+from ..layout.adjacent import own_storage
 from ..layout.experts import Weight
 from ..layout.ops import Flatten, Stack, Unflatten
 from ..registry import compute
 from ..surgery import Patched, ReplaceState, Step, gradient_hook_on, is_bare
+from ..watch import Change
 from .listed import HELD, JoinExperts, Listed, Whole, stacked
-from .module import ExpertsState, PatchedExperts, SeesRoutes
+from .module import ExpertsState, PatchedExperts, SeesRoutes, cannot_follow
 from .spec import ExpertsSpec, ExpertWeights
 
 
@@ -97,6 +99,22 @@ class PatchedExpertListBlock(Patched):
 
     _moepatch: ExpertListState
 
+    def traced(self, family, own, args, kwargs):
+        """As `Patched.traced`: the family's loop over a stacked list would find it empty."""
+        return (own if self._is_stacked() else family)(*args, **kwargs)
+
+    def leave_to_family(self) -> None:
+        """Raises if the family's code calls experts that are stacked now.
+
+        Raises:
+            MoePatchError: they are.
+        """
+        if self._is_stacked():
+            raise MoePatchError(cannot_follow(self, "its own code calls experts one by one, and they are stacked into one weight"))
+
+    def _is_stacked(self) -> bool:
+        return isinstance(self._modules[self._moepatch.spec.experts_name], EmptiedList)
+
     def forward(self, *args, **kwargs):
         """See the class; keywords go by the family's own name."""
         spec = self._moepatch.spec
@@ -158,9 +176,27 @@ class PatchedExpertList(PatchedExperts):
         held = vars(self).get(HELD)
         if held is None:  # a trial
             return {}
-        wholes = held.wholes() if held.is_unchanged() and not torch._C._are_functorch_transforms_active() else None
+        if not held.is_unchanged() or self._moepatch_watch is not None and self._moepatch_watch.changed(self):
+            self.changes()
+            return None
+        wholes = held.wholes()
+        if wholes is None:
+            held.changes(self)
         mixed = wholes and wholes["down_proj"].numbers.dtype is not hidden_states.dtype and autocast_dtype(hidden_states.device) is None
         return None if mixed else wholes
+
+    def changes(self) -> tuple[Change, ...]:
+        """As `Patched.changes`, of everything inside the experts, too."""
+        held = vars(self).get(HELD)
+        return (*super().changes(), *(held.changes(self) if held is not None else ()))
+
+    def met(self) -> tuple[Change, ...]:
+        """As `Patched.met`."""
+        held = vars(self).get(HELD)
+        return (*super().met(), *(held.said if held is not None else ()))
+
+    def leave_to_family(self) -> None:
+        """Nothing: the block asks the list first, and the family calls its elements."""
 
     def forward(self, hidden_states, topk_ids, topk_weights, wholes):
         """As `PatchedExperts`, of tokens ``[T, H]``, with what `wholes` returns."""
@@ -190,8 +226,8 @@ class PatchedExpertList(PatchedExperts):
         # A copy has parameters of its own, and so needs buffers of its own.
         return {key: value for key, value in vars(self).items() if key != HELD}
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
+    def made_again(self) -> None:
+        """Puts the weights of a copy beside each other."""
         held = vars(self)[HELD] = Listed(self, self._moepatch.weights)
         held.join()
 
@@ -342,7 +378,8 @@ def _children_names(weights: Mapping[str, Weight], module: nn.Module, state_dict
             each = len(weight.names) // experts
             paths = [path for e in owned for path in weight.names[e * each : (e + 1) * each]]
             for path, part in zip(paths, local.flatten(0, 1).chunk(len(paths)) if paths else (), strict=True):
-                state_dict[prefix + path] = part
+                looks = part.requires_grad or part.is_meta  # of ``keep_vars=True``, or without memory
+                state_dict[prefix + path] = part if looks else own_storage(part)
 
 
 def _stacked_names(weights: Mapping[str, Weight], module: nn.Module, state_dict: dict, prefix: str, *unused) -> None:

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..layout.adjacent import adjacent, side_by_side
 from ..layout.experts import Weight
+from ..surgery import what_is_hung_on
+from ..watch import Change
 
 #: Under this name a list keeps what `Listed` knows of it: in its ``__dict__``, out of sight of nn.Module, of pickles and of copies.
 HELD = "_moepatch_held"
@@ -29,7 +32,8 @@ class Listed:
 
     Attributes:
         groups: for each stacked tensor, where its parameters are: the ``_parameters`` of a linear layer.
-        joined: for each stacked tensor, the buffer that they are slices of, and where each begins and ends in memory.
+        joined: for each stacked tensor, the buffer that they are slices of, and where each lies.
+        said: what was met that was not as at the patch.
     """
 
     def __init__(self, module: nn.ModuleList, weights: Mapping[str, Weight]):
@@ -37,6 +41,8 @@ class Listed:
         self.groups = {name: [module.get_submodule(path.rpartition(".")[0])._parameters for path in weight.names] for name, weight in weights.items()}
         self._shapes = {name: tables[0]["weight"].shape for name, tables in self.groups.items()}
         self.joined: dict[str, tuple[Tensor, list[tuple] | None]] = {}
+        self.said: list[Change] = []
+        self._names = [name for name, m in module.named_modules() if m is not module]
         self._modules, self._classes = modules, [type(m) for m in modules]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)]
         self._scopes = [vars(m) for m in modules]
@@ -60,6 +66,31 @@ class Listed:
             and not any(table.get("bias") is not None for table in self._linears)
         )
 
+    def changes(self, module: nn.ModuleList) -> tuple[Change, ...]:
+        """The first thing that is not what it was, in words; it is among `said` from now on."""
+        if self.is_unchanged():
+            return () if self.wholes() is not None else (self.say("the experts' weights", "all of one size and dtype", "of several, or of others"),)
+        hung = what_is_hung_on(module, "")
+        gone = [place for place, before in zip(self._places, self._children, strict=True) if place[0].get(place[1]) is not before]
+        if hung is not None:
+            change = Change("an expert", "called by nobody's hooks", f"more than that: {hung.lstrip('.')}")
+        elif gone:
+            now = gone[0][0].get(gone[0][1])
+            name = self._names[self._modules.index(self._children[self._places.index(gone[0])])]
+            change = Change(name, "another module", type(now).__name__)
+        else:
+            values = zip(self._attributes, self._values, strict=True)
+            key, was, now = next(((key, was, scope.get(key)) for (scope, key), was in values if scope.get(key) != was), ("what", "as it was", "changed"))
+            change = Change(f"{key} of an expert", repr(was), repr(now))
+        return (self.say(*change),)
+
+    def say(self, what: str, was: str, now: str) -> Change:
+        """Remembers a change."""
+        change = Change(what, was, now)
+        if change not in self.said:
+            self.said.append(change)
+        return change
+
     def join(self) -> None:
         """Moves the weights into one buffer for each stacked tensor, one at a time twice in memory. On the meta device, or where they would
         not stay what they are to others (shared between processes, views of something larger), they stay where they are."""
@@ -70,14 +101,12 @@ class Listed:
                 continue
             if not all(map(_may_move, parameters)):
                 continue
-            first, size = parameters[0], parameters[0].nbytes
-            memory = torch.empty(len(parameters) * size, dtype=torch.uint8, device=first.device).untyped_storage()
-            buffer = _over(memory, (len(parameters), *first.shape), first)
+            # Each gets a storage of its own: tensors of one storage look like one weight under several names to those who write checkpoints.
+            slices = side_by_side(parameters)
+            buffer = adjacent(*slices).view(len(parameters), *parameters[0].shape)
             self.joined[name] = buffer, []
-            with torch.no_grad():
-                for i, parameter in enumerate(parameters):
-                    # A storage of its own: those who write checkpoints take tensors of one storage for one weight under several names.
-                    parameter.data = _over(memory[i * size : (i + 1) * size], first.shape, first).copy_(parameter)
+            for parameter, piece in zip(parameters, slices, strict=True):
+                parameter.data = piece
             self.joined[name] = buffer, _places_of(parameters)
 
     def part(self) -> None:
@@ -141,11 +170,6 @@ def stacked(wholes: Mapping[str, Whole], topk_ids: Tensor, experts: int, idle_ze
         places = [expert * each + i for expert in used for i in range(each)]
         found[name] = Stacked.apply(whole.numbers, experts, places, idle, *(whole.parameters[place] for place in places))
     return found
-
-
-def _over(storage: torch.UntypedStorage, shape: Sequence[int], like: Tensor) -> Tensor:
-    """A contiguous tensor over the beginning of a storage."""
-    return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, tuple(shape))
 
 
 def _places_of(parameters: Sequence[Tensor]) -> list[tuple] | None:

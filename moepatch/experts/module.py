@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import autocast_dtype
+from ..errors import MoePatchError
 from ..registry import compute
-from ..surgery import Patched, original_class
+from ..surgery import Patched, is_traced, original_class
 from .spec import ExpertsSpec, ExpertWeights
 
 
@@ -21,7 +22,8 @@ class ExpertsState:
     Attributes:
         spec: what the module computes.
         backend: the name of the compute backend.
-        implementation: ``config._experts_implementation`` at the time of the patch; None for families that do not have it.
+        implementation: ``config._experts_implementation`` at the time of the patch; None for families that do not have it. Whoever sets another
+            one, or this one anew, wants it: the family's code computes from then on (see `watch`).
     """
 
     spec: ExpertsSpec
@@ -50,9 +52,19 @@ class PatchedExperts(Patched):
 
     _moepatch: ExpertsState
 
+    def leave_to_family(self) -> None:
+        """Raises for a list, which has no code of its own: its experts are one weight now.
+
+        Raises:
+            MoePatchError: always for a list.
+        """
+        if issubclass(original_class(self), nn.ModuleList):
+            raise MoePatchError(cannot_follow(self, "the experts of the list are stacked into one weight, which only the patched block can compute with"))
+
     def forward(self, *args, **kwargs):
         """See the class; keywords go by the family's own names."""
-        if _stands_aside(self):
+        if len(args) + len(kwargs) == 1:  # a scored block that leaves its work to the family calls its experts as the family does
+            self.leave_to_family()
             return super().forward(*args, **kwargs)
         if kwargs:
             args = inspect.signature(original_class(self).forward).bind(self, *args, **kwargs).args[1:]
@@ -68,12 +80,30 @@ class PatchedExperts(Patched):
         # No view that changes nothing: FSDP2 hangs its hook on what is returned, and on a view it is lost if the family adds to it in place.
         return y_TH if y_TH.shape == hidden_states.shape else y_TH.view(hidden_states.shape)
 
+    def traced(self, family, own, args, kwargs):
+        """As `Patched.traced`; stacked lists have no code of the family's any more, and compute with the reference."""
+        return (own if _is_stacked(self) else family)(*args, **kwargs)
+
     def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None, ranks: int = 1) -> Tensor:
         """The experts' weighted sum, in the dtype of `x_TH`; `rows` and `ranks` as in `ExpertWeights`."""
         spec = self._moepatch.spec
         weights = ExpertWeights(self, spec, own_gate(self, spec), x_TH.dtype, rows, ranks)
-        run = compute("experts", self._moepatch.backend)
+        run = compute("experts", "reference" if is_traced() else self._moepatch.backend)
         return run(x_TH, topk_ids_TK, topk_weights_TK, weights)
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether the experts were a list, which can only be called because they are patched."""
+    return issubclass(original_class(module), (nn.ModuleList, nn.ModuleDict))
+
+
+def cannot_follow(module: Patched, why: str) -> str:
+    """The words for a change that neither moepatch nor the family's code can compute with."""
+    what = "; ".join(map(str, module.changes())) or "the block around it runs the family's code, because something in it has changed"
+    return (
+        f"{type(module).__name__}: {what}. This cannot be followed: {why}. "
+        "Change it back, or call moepatch.restore(model), change it there, and patch the model again."
+    )
 
 
 def own_gate(module: nn.Module, spec: ExpertsSpec):
@@ -81,12 +111,6 @@ def own_gate(module: nn.Module, spec: ExpertsSpec):
     if not spec.activation.is_own:
         return None
     return module.act_fn if spec.layout.gate_form == "none" else module._apply_gate
-
-
-def _stands_aside(module: nn.Module) -> bool:
-    """True if the user has chosen another implementation with ``set_experts_implementation`` since the patch."""
-    recorded = module._moepatch.implementation
-    return recorded is not None and module.config._experts_implementation != recorded
 
 
 def _compute_dtype(module: nn.Module, spec: ExpertsSpec, device: torch.device) -> torch.dtype:

@@ -26,7 +26,7 @@ from ..trial import Call
 from .attention.function import direct
 from .attention_span import Span, attention_span
 from .linear import PROJECTIONS, project
-from .roles import Argument, ByRole, Given, Roles
+from .roles import Argument, ByRole, Given, Roles, followed
 from .rope import ROPES, HeadsSpec, dense_rows, reference_heads
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,5 +265,6 @@ ATTENTION_BLOCK = Kind(
     trial=_trial,
     relayout=_beside_each_other,
     bench=_bench,
+    follows=followed,
     dense=True,
 )

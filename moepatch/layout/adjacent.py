@@ -1,11 +1,12 @@
 """Weights that lie one after another in memory, so that several linear layers over one input are one GEMM.
 
-The parameters stay the objects they were, with their names and shapes: only their data become consecutive slices of one buffer. Optimizers,
+The parameters stay the objects they were, with their names and shapes: only their data become consecutive pieces of one buffer. Optimizers,
 checkpoints and hooks see no difference, and whatever moves a parameter elsewhere later (``model.to``, FSDP2, loading with ``assign``)
 merely takes the neighbourhood away: `joint_linear` looks at every call.
 
-Those who write checkpoints take tensors of one storage for the same weights under several names, and refuse them (safetensors'
-``save_model``) or drop all but one (accelerate). In a `state_dict` each therefore has a storage of its own, over the same memory.
+Many take tensors of one storage for one weight under several names: they refuse them (safetensors' ``save_model``), drop all but one
+(accelerate) or write the whole storage for each (``torch.save``). So each parameter has a storage of its own, which begins and ends with it
+and keeps the buffer under it alive; the buffer is found by its address for as long as somebody does.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from torch.utils.dlpack import from_dlpack, to_dlpack
-from torch.utils.hooks import RemovableHandle
+
+
+#: The buffers that `side_by_side` has made, by the address of their first byte.
+_BUFFERS: dict[int, StorageWeakRef] = {}
 
 
 def adjacent(*tensors: Tensor) -> Tensor | None:
-    """One view ``[ΣN, ...]`` of tensors ``[N, ...]`` that follow each other in one storage; None if they do not.
+    """One view ``[ΣN, ...]`` of tensors ``[N, ...]`` that follow each other in one storage or buffer; None if they do not.
 
     >>> both = torch.arange(12.0).view(4, 3)
     >>> adjacent(both[:1], both[1:]).shape
@@ -33,15 +37,49 @@ def adjacent(*tensors: Tensor) -> Tensor | None:
     first = tensors[0]
     if not first.is_contiguous():
         return None
-    size, rows, at = first.element_size(), 0, first.data_ptr()
-    storage = first.untyped_storage().data_ptr()
+    size, rows, start = first.element_size(), 0, first.data_ptr()
+    at = start
     for tensor in tensors:
-        fits = tensor.data_ptr() == at and tensor.dtype is first.dtype and tensor.shape[1:] == first.shape[1:] and tensor.is_contiguous()
-        if not fits or tensor.untyped_storage().data_ptr() != storage:
+        if tensor.data_ptr() != at or tensor.dtype is not first.dtype or tensor.shape[1:] != first.shape[1:] or not tensor.is_contiguous():
             return None
         at += tensor.numel() * size
         rows += tensor.shape[0]
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
+    shape = (rows, *first.shape[1:])
+    buffer = _buffer_at(start)
+    if buffer is not None and buffer.nbytes() >= at - start and buffer.device == first.device:
+        return _over(buffer, shape, first)
+    storage = first.untyped_storage().data_ptr()
+    return first.as_strided(shape, first.stride()) if all(t.untyped_storage().data_ptr() == storage for t in tensors) else None
+
+
+def _buffer_at(address: int) -> torch.UntypedStorage | None:
+    reference = _BUFFERS.get(address)
+    return None if reference is None else torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+
+
+def _over(storage: torch.UntypedStorage, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A contiguous tensor over the beginning of a storage."""
+    return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, shape)
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of tensors ``[N, ...]`` of one dtype and device, which are `adjacent` and have a storage each."""
+    first = tensors[0]
+    buffer = torch.empty(sum(t.nbytes for t in tensors), dtype=torch.uint8, device=first.device).untyped_storage()
+    for address in [address for address, reference in _BUFFERS.items() if reference.expired()]:
+        _BUFFERS.pop(address, None)  # another thread may have been here
+    _BUFFERS[buffer.data_ptr()] = StorageWeakRef(buffer)
+    made, at = [], 0
+    for tensor in tensors:
+        made.append(_over(buffer[at : at + tensor.nbytes], tuple(tensor.shape), tensor).copy_(tensor))
+        at += tensor.nbytes
+    return tuple(made)
+
+
+def own_storage(tensor: Tensor) -> Tensor:
+    """A contiguous tensor over the same memory, in a storage that begins and ends with it."""
+    start = tensor.storage_offset() * tensor.element_size()
+    return _over(tensor.untyped_storage()[start : start + tensor.nbytes], tuple(tensor.shape), tensor)
 
 
 @dataclass
@@ -56,41 +94,22 @@ class Adjacent:
     module: nn.Module
     names: Sequence[str]
     moved: list[nn.Parameter] = field(default_factory=list)
-    hook: RemovableHandle | None = None
 
     def do(self) -> None:
-        """Copies them into one buffer, with one of them twice in memory at a time at most beside it."""
+        """Copies them into one buffer."""
         parameters = [self.module.get_parameter(name) for name in self.names]
-        if any(p.device.type == "meta" or p.dtype != parameters[0].dtype for p in parameters) or len({p.device for p in parameters}) > 1:
+        if any(p.device.type == "meta" or p.numel() == 0 for p in parameters) or len({(p.device, p.dtype) for p in parameters}) > 1:
             return
         self.moved = parameters
         with torch.no_grad():
-            buffer = torch.empty((sum(p.shape[0] for p in parameters), *parameters[0].shape[1:]), dtype=parameters[0].dtype, device=parameters[0].device)
-            for parameter, part in zip(parameters, buffer.split([p.shape[0] for p in parameters]), strict=True):
-                part.copy_(parameter)
-                parameter.data = part
-        self.hook = self.module.register_state_dict_post_hook(storages_apart)
+            for parameter, piece in zip(parameters, side_by_side(parameters), strict=True):
+                parameter.data = piece
 
     def undo(self) -> None:
-        """Gives each its own storage again."""
-        if self.hook is not None:
-            self.hook.remove()
+        """Takes each out of the buffer."""
         while self.moved:
             parameter = self.moved.pop()
             parameter.data = parameter.data.clone()
-
-
-def storages_apart(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
-    """A hook of `state_dict`: tensors of the module that are slices of something larger become tensors of their size over the same memory."""
-    for key, value in state_dict.items():
-        # Parameters (of ``keep_vars=True``) and tensors of other kinds stay what they are.
-        if key.startswith(prefix) and type(value) is Tensor and value.is_contiguous() and 0 < value.nbytes < value.untyped_storage().nbytes():
-            state_dict[key] = _own_storage(value)
-
-
-def _own_storage(tensor: Tensor) -> Tensor:
-    """The same numbers in a storage that begins and ends with them, by way of DLPack, which knows bytes of every dtype."""
-    return from_dlpack(to_dlpack(tensor.view(-1).view(torch.uint8))).view(tensor.dtype).view(tensor.shape)
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:

@@ -28,8 +28,6 @@ from .fsdp2 import drop_unreduced, gathered
 class Sharded(Patched):
     """A module whose parameters are spread over ranks: a model, or what is around it, such as peft's."""
 
-    keeps_name = True
-
     def named_parameters(self, *args, **kwargs):
         """As any module's, and always what the optimizer steps: a forward pass leaves parameters gathered, which are others."""
         stepped = gathered(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -208,6 +208,19 @@ def gathered(refusals: Iterable[Refusal]) -> list[tuple[Refusal, tuple[str, ...]
     for refusal in refusals:
         groups.setdefault((refusal.class_name, refusal.reason, refusal.hint), []).append(refusal)
     return [(group[0], tuple(r.fqn for r in group)) for group in groups.values()]
+
+
+def changed(found: Mapping[str, Iterable[tuple[str, bool]]]) -> list[str]:
+    """What is, or was for a time, not as it was at the patch: by module, in words, and whether it still is not."""
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for fqn, changes in found.items():
+        for change in changes:
+            groups.setdefault(change, []).append(fqn)
+    return [
+        f"{', '.join(few(fqns, 3))}: {text}"
+        + (", so the family's own code computes there" if still else ", so the family's own code computed there for a time; the patch does again")
+        for (text, still), fqns in groups.items()
+    ]
 
 
 def planned(pattern: Pattern) -> str:

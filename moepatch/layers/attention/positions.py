@@ -31,7 +31,6 @@ _COUNTED = StandIns({(hf, "find_packed_sequence_indices"): _no_borders})
 class CountedPositions(Patched):
     """A model that asks for attention masks. Its class keeps its name, its forward its signature."""
 
-    keeps_name = True
     _moepatch: str
 
     def __setstate__(self, state: dict[str, Any]) -> None:
