@@ -66,7 +66,11 @@ class Patched:
         return () if self._moepatch_watch is None else tuple(self._moepatch_watch.said)
 
     def leave_to_family(self) -> None:
-        """Is called before the family's code computes what has changed; raises where that code cannot."""
+        """Is called before the family's code computes what has changed.
+
+        Raises:
+            MoePatchError: that code cannot.
+        """
 
     def __copy__(self) -> nn.Module:
         return self._moepatch_again(dict)
