@@ -205,7 +205,8 @@ def report(model: nn.Module) -> Report:
     if patch is None:
         where = _elsewhere(model, "report") or " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
-    return replace(patch.report, notes=(*patch.report.notes, *words.changed(_changes(model))))
+    changed = words.changed(_changes(model))
+    return replace(patch.report, notes=(*patch.report.notes, *changed)) if changed else patch.report
 
 
 def _changes(model: nn.Module) -> dict[str, list[tuple[str, str]]]:

@@ -213,8 +213,11 @@ def _unpatched(cls: type) -> type:
 def is_bare(module: nn.Module) -> bool:
     """Whether not calling a module's ``__call__``, but computing what it does, leaves nothing out."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooked or "forward" in module.__dict__:
-        return False
+    return not hooked and "forward" not in module.__dict__ and is_as_patched(module)
+
+
+def is_as_patched(module: nn.Module) -> bool:
+    """Whether what a patch knows of a module still holds; also of a module that is not patched."""
     watch = module._moepatch_watch if isinstance(module, Patched) else None
     return watch is None or not (watch.changed_in_graph(module) if _compiles() else watch.changed(module))
 
