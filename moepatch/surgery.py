@@ -71,7 +71,11 @@ class Patched:
         return () if self._moepatch_watch is None else tuple(self._moepatch_watch.said)
 
     def leave_to_family(self) -> None:
-        """Is called before the family's code computes what has changed; raises where that code cannot."""
+        """Is called before the family's code computes what has changed.
+
+        Raises:
+            MoePatchError: that code cannot.
+        """
 
     def __copy__(self) -> nn.Module:
         return self._moepatch_again(dict)
@@ -220,8 +224,11 @@ def is_bare(module: nn.Module) -> bool:
     if _has_any_global_hook():
         return False
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooked or "forward" in module.__dict__:
-        return False
+    return not hooked and "forward" not in module.__dict__ and is_as_patched(module)
+
+
+def is_as_patched(module: nn.Module) -> bool:
+    """Whether what a patch knows of a module still holds; also of a module that is not patched."""
     watch = module._moepatch_watch if isinstance(module, Patched) else None
     return watch is None or not (watch.changed_in_graph(module) if _compiles() else watch.changed(module))
 

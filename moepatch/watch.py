@@ -352,7 +352,7 @@ def watch(
         family: gives the class that a module had before it was patched.
         patched: the class of modules that have a watch of their own.
         followed: names of attributes and config values that the patched module reads itself.
-        inside: whether what the patch knows may come from children.
+        inside: whether what the patch knows may come from children that have weights.
         shapes: whether it may come from the shapes of weights.
         memo: what classes read, shared by the modules of a model.
     """
@@ -372,7 +372,7 @@ def watch(
             # What has weights is called by patched modules, or looked at; an activation is known from the patch alone.
             known = next(child.parameters(), None) is None
             entries.append(Entry("child", path, None, name, child if known else Followed))
-            if inside and not isinstance(child, patched):
+            if (inside or known) and not isinstance(child, patched):
                 todo.append((below, child))
                 entries += [Entry("hooks", below, None, hooks, None) for hooks in _HOOKS] if known else []
                 entries += [Entry("attribute", below, None, "forward", Absent)] if known else []

@@ -62,8 +62,9 @@ class Choice:
         return watch is not None and (watch.changed_in_graph(self) if torch.compiler.is_compiling() else watch.changed(self))
 
     def _mark(self) -> None:
-        if self.found is not None and vars(self.config).get(ATTENTION_CHOICE) == self.found:
-            self.found = vars(self.config)[ATTENTION_CHOICE] = marked(self.found)
+        kept = vars(self.config)
+        if self.found is not None and kept.get(ATTENTION_CHOICE) == self.found:
+            self.found = kept[ATTENTION_CHOICE] = marked(kept[ATTENTION_CHOICE])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "stands": self.stands and vars(self.config).get(ATTENTION_CHOICE) is self.found}
