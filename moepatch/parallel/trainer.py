@@ -23,6 +23,7 @@ from transformers.distributed import DistributedConfig
 from ..checkpoint import PatchedModel
 from ..surgery import Patched
 from .fsdp2 import drop_unreduced, gathered
+from .reads import passes_of
 from .resume import Placed, serve_trainer
 from .whole import in_parts
 
@@ -69,6 +70,8 @@ class ShardedModel(Sharded, PatchedModel):
     @property
     def is_distributed_loading_by_transformers(self) -> bool | Placed:
         """Read by Trainer from 5.23 on, when it is made, where transformers itself has a property of this name."""
+        if (passes := passes_of(self)) is not None:
+            passes.late.look()  # before the optimizer is made, and before Trainer looks after what FSDP2 does not have
         return serve_trainer()
 
     @property
