@@ -118,7 +118,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(tmp_path, dims):
         same(weights(loaded), torch.load(tmp_path / "adapted.pt"), 1e-5)
 
 
-def best(folder, sharded_files):
+def best(folder):
     """The loss goes down, and the largest is asked for: the first checkpoint is the best, and the model goes back to it."""
     launched()
     for name in ("plain", "adapted"):
@@ -141,7 +141,7 @@ def best(folder, sharded_files):
 
 def test_the_best_model_at_the_end(tmp_path):
     pytest.importorskip("peft")
-    on_ranks(2, best, str(tmp_path), False)
+    on_ranks(2, best, str(tmp_path))
 
 
 def loaded(folder):
@@ -149,8 +149,8 @@ def loaded(folder):
     from transformers.trainer_utils import load_sharded_checkpoint
 
     truth = {key: p.detach() for key, p in zoo.build("qwen3_moe", seed=3).named_parameters()}
-    for dims in ({"ep": 2}, {"dp_shard": 2, "ep": 1}):
-        for way in ("own", "checkpoint", "files"):
+    for dims, ways in (({"ep": 2}, ("own", "checkpoint", "files")), ({"dp_shard": 2, "ep": 1}, ("checkpoint",))):
+        for way in ways:
             model = moepatch.optimize(plain(), mesh_of(dims), verify=False)
             with torch.no_grad():
                 model(**zoo.inputs("qwen3_moe", model))
@@ -172,6 +172,6 @@ def loaded(folder):
 def test_whole_tensors_are_loaded_into_a_sharded_model(tmp_path):
     model = zoo.build("qwen3_moe", seed=3)
     model.save_pretrained(tmp_path / "one")
-    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "many", max_shard_size="60KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     on_ranks(2, loaded, str(tmp_path))

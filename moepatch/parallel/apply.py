@@ -27,6 +27,7 @@ from .adapters import ShardedAdapters
 from .expert_adapters import GatherAround, ShardedParamWrapper, wrappers
 from .experts import PatchedShardedExperts, ShardedState
 from .gather import GatherAhead, NoGatherInBackward, bundles, ends, layer_lists, may_stay, odd_parameters, owners, small_odd, units
+from .late import Late
 from .mesh import Meshes, resolve
 from .passes import Passes, Throughout, Together
 from .reads import LendWeights
@@ -63,7 +64,7 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fs
                 journal.do(GatherAround(module, around[module][0]))
     if fsdp:
         ignored = {p for module in sharded for p in module.parameters() if isinstance(p, DTensor)}
-        _shard_dense(model, meshes.dense, ignored, journal)
+        _shard_dense(model, meshes.dense, ignored, sharded, journal)
 
 
 def _join_chains(model: nn.Module, sharded: list[nn.Module]) -> None:
@@ -83,10 +84,10 @@ def _join_chains(model: nn.Module, sharded: list[nn.Module]) -> None:
                     dispatcher.join(chain, place)
 
 
-def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> None:
+def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], experts: list[nn.Module], journal: Journal) -> None:
     """FSDP2 for everything that is not an expert: units for the layers, one for embeddings, one for the head, and the root with the rest."""
     lists, (embeddings, head), before = layer_lists(model), ends(model), len(journal.steps)
-    passes = Passes(model)
+    passes = Passes(model, Late(model, mesh))
     stay = may_stay(units(model), ignored)
     odd = small_odd(model, ignored)
     ignored = ignored.union(*odd.values())
@@ -115,9 +116,10 @@ def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter],
         chains = [[[end] for end in (embeddings,) if end is not None] + chains[0] + [[end] for end in (head,) if end is not None]]
     for chain in chains:
         journal.do(GatherAhead(chain))
+    journal.do(passes.late)
     journal.do(passes)
     made = [step.modules[0] for step in journal.steps[before:] if isinstance(step, FullyShard)]
-    journal.do(LendWeights([module for module in made if module is not model], passes))
+    journal.do(LendWeights([module for module in made if module is not model], experts, passes))
 
 
 def _shard_alone(

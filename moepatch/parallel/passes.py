@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .fsdp2 import Root, Unit
+from .late import Late
 
 
 def _in_backward() -> bool:
@@ -33,14 +34,17 @@ class Passes:
 
     Attributes:
         model: the root.
+        late: looks after parameters that come into the model later.
         members: filled by `Together`; they end what a pass leaves open.
         throughout: filled by `Throughout`; they are gathered when a pass begins.
         running: whether a pass is under way.
         lent: units that somebody has read in the pass under way, outside of their own forward.
         held: those of them that a backward may still come to, with what `Unit.let_go` takes.
+        looked_at: whether somebody has read a weight since the last pass, as whoever puts an adapter around it does.
     """
 
     model: nn.Module
+    late: Late
     members: list[Together] = field(default_factory=list)
     throughout: list[Throughout] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -49,6 +53,7 @@ class Passes:
     lent: list[Unit] = field(default_factory=list)
     held: dict[Unit, list] = field(default_factory=dict)
     backward_came: bool = False
+    looked_at: bool = False
 
     def do(self) -> None:
         """Adds hooks; the first comes before FSDP2's, the last after."""
@@ -85,6 +90,9 @@ class Passes:
             self.running = True
             return
         root = self.prepare()
+        if self.looked_at:
+            self.looked_at = False
+            self.late.look()
         self.running = True
         self.lent.clear()
         if self.backward_came:

@@ -31,9 +31,12 @@ class Lent(dict):
 
     def __getitem__(self, name: str, _get=dict.__getitem__) -> nn.Parameter | None:
         parameter = _get(self, name)
-        if type(parameter) is DTensor and self.passes.running and name in self.units:
-            self.passes.lend(self.units[name])
-            return _get(self, name)
+        if type(parameter) is DTensor:
+            if not self.passes.running:
+                self.passes.looked_at = True  # perhaps by somebody who is about to put an adapter around it
+            elif name in self.units:
+                self.passes.lend(self.units[name])
+                return _get(self, name)
         return parameter
 
     def __reduce_ex__(self, protocol):
@@ -46,16 +49,18 @@ class LendWeights:
 
     Attributes:
         modules: one of each unit whose weights are lent; not the root, which is gathered for the whole pass anyway.
+        experts: modules whose own parameters stay spread over ranks; that they are looked at is seen, and no more.
         passes: those of the model.
     """
 
     modules: list[FSDPModule]
+    experts: list[nn.Module]
     passes: Passes
     changed: list[nn.Module] = field(default_factory=list)
 
     def do(self) -> None:
         """Puts `Lent` in the place of each module's dict of parameters."""
-        places: dict[nn.Module, dict[str, Unit]] = {}
+        places: dict[nn.Module, dict[str, Unit]] = {module: {} for module in self.experts}
         for unit in map(Unit.of, self.modules):
             for module, name in unit.places():
                 places.setdefault(module, {})[name] = unit
@@ -68,3 +73,8 @@ class LendWeights:
         while self.changed:
             module = self.changed.pop()
             module.__dict__["_parameters"] = dict(module._parameters)
+
+
+def passes_of(model: nn.Module) -> Passes | None:
+    """The step that watches the passes of a sharded model."""
+    return next((m._parameters.passes for m in model.modules() if isinstance(m._parameters, Lent)), None)

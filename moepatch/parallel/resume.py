@@ -15,8 +15,6 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ..errors import CheckpointError
 from .whole import part_of
@@ -51,7 +49,7 @@ def serve_trainer() -> bool | Placed:
         The answer.
     """
     trainer = _asking(sys._getframe(1))
-    if trainer is None or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if trainer is None or not all(vars(trainer).get(name) is False for name in ("is_deepspeed_enabled", "is_fsdp_enabled")):
         return True
     own = sys.modules["transformers.trainer"].Trainer
     if any(getattr(type(trainer), name) is not getattr(own, name) for name in (_SAVE, _LOAD)):
@@ -73,6 +71,9 @@ def _asking(frame: FrameType | None) -> Trainer | None:
 
 def save_optimizer(trainer: Trainer, output_dir: str) -> None:
     """In place of Trainer's own, on all ranks: each rank writes its parts of the optimizer's state, rank 0 the scheduler's."""
+    import torch.distributed.checkpoint as dcp  # takes its time, and few need it
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
     state = get_optimizer_state_dict(trainer.model, _inner(trainer.optimizer))
     dcp.save({"optimizer": state}, checkpoint_id=str(Path(output_dir, DIRECTORY)))
     if trainer.args.should_save:
@@ -85,6 +86,9 @@ def load_optimizer(trainer: Trainer, checkpoint: str | None) -> None:
     Raises:
         CheckpointError: the optimizer's state in the checkpoint is not of these parameters.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
     if checkpoint is None or not Path(checkpoint, "scheduler.pt").is_file():
         return
     optimizer = _inner(trainer.optimizer)
