@@ -148,11 +148,11 @@ def test_fp8_linears_and_experts_stay_and_the_rest_is_patched():
 
 #: From a family and what its configuration says to the exit code, the words for what keeps its own code, and the option.
 SAID = {
-    "mxfp4": ("gpt_oss", {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}, 3, "MXFP4 (transformers)", "Mxfp4Config"),
+    "mxfp4": ("gpt_oss", {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, 3, "MXFP4 (transformers)", "Mxfp4Config"),
     "fp8": ("deepseek_v3", {"quant_method": "fp8", "weight_block_size": [128, 128]}, 3, "FP8 (transformers)", "FineGrainedFP8Config"),
     "bitsandbytes": ("qwen3_moe", {"quant_method": "bitsandbytes", "load_in_4bit": True}, 0, "4-bit (bitsandbytes)", None),
     "8 bit": ("qwen3_moe", {"quant_method": "bitsandbytes", "load_in_8bit": True}, 0, "8-bit (bitsandbytes)", None),
-    "torchao": ("qwen3_moe", {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}, 0, "int8 (torchao)", None),
+    "torchao": ("qwen3_moe", {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, 0, "int8 (torchao)", None),
     "gptq": ("qwen3_moe", {"quant_method": "gptq", "bits": 4}, 3, "4-bit (gptq)", None),
 }
 

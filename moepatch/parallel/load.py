@@ -97,8 +97,8 @@ def _check_plain(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if (words := kept(module)) is not None:
             raise CheckpointError(
-                f"{name or 'The model'}: its weights are {words}, and load_checkpoint() fills plain weights only. Load such a model with from_pretrained, "
-                "or build it without quantization."
+                f"{name or 'The model'}: its weights are {words}, and load_checkpoint() fills plain weights only. "
+                "Load such a model with from_pretrained, or build it without quantization."
             )
 
 
