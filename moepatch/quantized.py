@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .surgery import is_bare
 
@@ -68,13 +69,15 @@ def kept(module: nn.Module) -> str | None:
     >>> kept(layer), kept(nn.Linear(2, 2))
     ('int8', None)
     """
-    cls = type(module)
+    # A parameter that is unpacked at each access: whose it is says the class that does it.
+    cls = type(module[0] if isinstance(module, ParametrizationList) and len(module) else module)
     for tensor in module._parameters.values():
         if is_kept(tensor):
             return _words(cls, tensor)
     matrices = any(p is not None and p.ndim > 1 for p in module._parameters.values())
     # Layers that are only computed with keep packed numbers elsewhere: in buffers, or in attributes.
-    packed = bool(_LINEAR.search(cls.__name__)) and (cls.__module__.startswith("torch.ao.") or any(not b.is_floating_point() for b in _buffers(module)))
+    integers = any(b is not None and not b.is_floating_point() for b in module._buffers.values())
+    packed = bool(_LINEAR.search(cls.__name__)) and (integers or cls.__module__.startswith("torch.ao."))
     loaded = cls.__module__.startswith(_OF_TRANSFORMERS) and _FORM.search(cls.__name__)
     return _words(cls, None) if loaded or packed and not matrices else None
 
@@ -100,10 +103,6 @@ def kept_inside(module: nn.Module, only: Iterable[str] | None = None) -> str | N
         return f"its weights are {forms}"
     (name,) = found
     return f"{next((f'{name}.{leaf}' for leaf, p in inner[name]._parameters.items() if is_kept(p)), name)} is {forms}"
-
-
-def _buffers(module: nn.Module) -> list[Tensor]:
-    return [b for b in module._buffers.values() if b is not None]
 
 
 def _words(cls: type[nn.Module], tensor: Tensor | None) -> str:

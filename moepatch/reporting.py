@@ -76,7 +76,8 @@ def quantized_since(model: nn.Module, plan: Plan) -> tuple[str, ...]:
             words = kept_inside(modules[site.fqn]) if site.fqn in modules else None
             if words is not None:
                 found.setdefault((site.class_name, words), []).append(site.fqn)
-    return tuple(
-        f"{fqns[0]}{f' and {len(fqns) - 1} more' if fqns[1:] else ''} ({name}): quantized since the patch, and what is runs the family's own code ({words})"
-        for (name, words), fqns in found.items()
-    )
+    notes = []
+    for (name, words), fqns in found.items():
+        others = f" and {len(fqns) - 1} more" if fqns[1:] else ""
+        notes.append(f"{fqns[0]}{others} ({name}): quantized since the patch, and what is runs the family's own code ({words})")
+    return tuple(notes)

@@ -54,7 +54,9 @@ class Quantization:
             if said:
                 settings = said if isinstance(said, Mapping) else said.to_dict()
                 method = settings.get("quant_method", "unnamed method")
-                return None if settings.get("dequantize") is True and not always else cls(str(method.value if isinstance(method, Enum) else method), settings)
+                if settings.get("dequantize") is True and not always:
+                    return None
+                return cls(str(method.value if isinstance(method, Enum) else method), settings)
         return None
 
     @property
@@ -85,7 +87,9 @@ class Quantization:
     def option(self) -> str | None:
         """What to give ``from_pretrained`` for plain weights; None where there is nothing."""
         cls = AUTO_QUANTIZATION_CONFIG_MAPPING.get(self.key)
-        return f"quantization_config={cls.__name__}(dequantize=True)" if cls is not None and "dequantize" in inspect.signature(cls).parameters else None
+        if cls is None or "dequantize" not in inspect.signature(cls).parameters:
+            return None
+        return f"quantization_config={cls.__name__}(dequantize=True)"
 
     @property
     def packs_experts(self) -> bool:
@@ -96,7 +100,8 @@ class Quantization:
     def hint(self) -> str:
         """What somebody can do who wants to have the experts patched."""
         if self.option is None:
-            return f"transformers has no option that makes plain weights of {self.method} while loading. They keep their own code, and the rest of the model is patched."
+            without = f"transformers has no option that makes plain weights of {self.method} while loading."
+            return f"{without} They keep their own code, and the rest of the model is patched."
         return f"Load it with {self.option}, or with moepatch.load_checkpoint, and the experts are patched too. As they are they keep their own code."
 
     def mark(self, model: PreTrainedModel) -> None:
@@ -123,9 +128,11 @@ class Quantization:
             return f"{what}training needs dequantized weights, and transformers does not know the method; {sizes}"
         if self.packs_experts and self.option is not None:
             return f"{what}training needs dequantized weights: load it with {self.option}, or with moepatch.load_checkpoint; {sizes}"
-        trained = "everything else is patched and trained beside it, with adapters where it stands" if not self.packs_experts else "the rest is patched"
-        undone = f"; {self.option} makes plain weights of it" if self.option is not None else ", and transformers has no option that makes plain weights of it while loading"
-        return f"{what}what it quantizes keeps its own code, {trained}{undone}; {sizes}"
+        rest = "the rest is patched" if self.packs_experts else "everything else is patched and trained beside it"
+        plain = ", and transformers has no option that makes plain weights of it while loading"
+        if self.option is not None:
+            plain = f"; {self.option} makes plain weights of it"
+        return f"{what}what it quantizes keeps its own code, {rest}{plain}; {sizes}"
 
 
 def advised(refusals: list[Refusal], model: nn.Module) -> list[Refusal]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..errors import CheckpointError, MoePatchError
+from ..quantized import kept
 from .agree import together
 from .dequantize import block_of, dequantizer, forget_quantization
 from .fsdp2 import part
@@ -45,8 +46,8 @@ def load_checkpoint(
         The same object. If the checkpoint was quantized, its configuration no longer says so (``quantization_config``).
 
     Raises:
-        CheckpointError: no checkpoint, missing or additional tensors, other shapes, quantized by a method without such a conversion; the
-            model is unchanged. A failure while weights are read puts a model from the meta device back there.
+        CheckpointError: no checkpoint, missing or additional tensors, other shapes, quantized by a method without such a conversion, a model
+            that keeps its weights quantized; the model is unchanged. A failure while weights are read puts a model from the meta device back there.
         RankFailed: another rank failed.
 
     >>> with torch.device("meta"):                                     # doctest: +SKIP
@@ -60,6 +61,7 @@ def load_checkpoint(
     rank = dist.get_rank() if mesh is not None else 0
     with opened() as open_file:
         with together(_WHAT, mesh):
+            _check_plain(model)
             files = Files(open_file, find_files(Path(path), open_file))
             twin = meta_twin(model)
             quantizer = dequantizer(Path(path), model.config)
@@ -90,6 +92,16 @@ def load_checkpoint(
     return model
 
 
+def _check_plain(model: nn.Module) -> None:
+    """Raises for a model that keeps its weights quantized: only transformers' own loading knows how to pack them."""
+    for name, module in model.named_modules():
+        if (words := kept(module)) is not None:
+            raise CheckpointError(
+                f"{name or 'The model'}: its weights are {words}, and load_checkpoint() fills plain weights only. "
+                "Load such a model with from_pretrained, or build it without quantization."
+            )
+
+
 @dataclass(frozen=True)
 class Names:
     """Where the tensors of the unpatched model are in the model.
@@ -109,7 +121,7 @@ class Names:
         """Finds them.
 
         Raises:
-            CheckpointError: the model's own weights are quantized, or it has parameters that the unpatched one does not have, such as adapters.
+            CheckpointError: the model has parameters that the unpatched one does not have, such as adapters.
         """
         for module in model.modules():
             if isinstance(module, FSDPModule):
