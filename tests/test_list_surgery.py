@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import compare
 import pytest
@@ -407,6 +408,22 @@ def test_two_blocks_may_share_a_list():
     assert_same(*models)
 
 
+def test_a_shared_list_has_one_backend():
+    model = listed()
+    model.layers[1].mlp.experts = model.layers[0].mlp.experts
+    plan = moepatch.plan(model)
+    (pattern,) = [p for p in plan.patterns if p.site.kind == "expert_list"]
+    others = [p for p in plan.patterns if p is not pattern]
+    two = [replace(pattern, sites=(site,), backend=name) for site, name in zip(pattern.sites, ("torch", "reference"), strict=True)]
+    with pytest.raises(moepatch.CheckFailed, match=r"layers\.1\.mlp\.experts: it is layers\.0\.mlp's too, and the plan has another backend there"):
+        moepatch.optimize(model, plan=replace(plan, patterns=(*two, *others)))
+    moepatch.optimize(model, plan=plan.without("layers.1.mlp"))
+    assert is_patched(model, 0) and not is_patched(model, 1)
+    plain = listed()
+    plain.layers[1].mlp.experts = plain.layers[0].mlp.experts
+    assert_same(plain, model)
+
+
 def test_blocks_of_two_kinds_may_not_share_a_list():
     models = pair()
     for model in models:
@@ -470,6 +487,18 @@ LATER = {
 }
 
 
+#: What the report says from then on.
+SAID = {
+    "another activation": "1.act_fn is GELU",
+    "another expert": "1 is Expert",
+    "LoRA of one": "1.w1 is Linear",
+    "weight_norm": "1.w1 has a parametrized weight (_WeightNorm)",
+    "pruned": "1.w2 has a forward pre-hook (L1Unstructured)",
+    "a forward": "1 has a forward of its own",
+    "narrower experts": "the experts' weights is of several, or of others",
+}
+
+
 @pytest.mark.parametrize("later", LATER)
 def test_what_happens_later_has_plains_effect(later):
     models = pair()
@@ -479,6 +508,9 @@ def test_what_happens_later_has_plains_effect(later):
             torch.manual_seed(0)
             LATER[later](model.layers[0].mlp)
     assert_same(*models)
+    words = SAID.get(later)
+    report = str(moepatch.report(models[1])).replace("\n", " ")
+    assert words is None or words in report and "the family's own code computes there" in " ".join(report.split()), report
     moepatch.restore(models[1])
     assert type(experts_of(models[1])) is nn.ModuleList
     assert_same(*models)
