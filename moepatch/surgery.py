@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
-from .errors import MoePatchError
 from .pickling import reduced
 from .reads import Reads
 from .watch import Change, Watch, watch
@@ -289,15 +288,9 @@ class InjectClass:
     needless: bool = False
 
     def do(self) -> None:
-        """Patches.
-
-        Raises:
-            MoePatchError: another site that shares the module has patched it with another state.
-        """
-        if isinstance(self.module, self.mixin):
+        """Patches."""
+        if isinstance(self.module, self.mixin) and self.module._moepatch == self.state:
             self.needless = True
-            if self.module._moepatch != self.state:
-                raise MoePatchError(f"One {original_class(self.module).__name__} is part of two modules, and would be patched in two ways: {self.module._moepatch} and {self.state}. Give both the same backend.")
             return
         self.before = vars(self.module).get("_moepatch")
         cls = patched_class(self.mixin, type(self.module))

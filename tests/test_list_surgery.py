@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import compare
 import pytest
@@ -344,8 +345,8 @@ FORMS = {
     "another class": (lambda block: setattr(block.experts[2], "__class__", type("Mine", (type(block.experts[2]),), {})), "not all alike"),
     "mixed dtypes": (lambda block: block.experts[2].double(), "its weights have mixed dtypes (experts.0.w1.weight float32, experts.2.w1.weight float64)"),
     "mixed dtypes inside": (lambda block: [e.w2.double() for e in block.experts], "mixed dtypes"),
-    "weight_norm": (lambda block: [parametrizations.weight_norm(e.w1) for e in block.experts], "has a parametrized weight (_WeightNorm)"),
-    "weight_norm of one": (lambda block: parametrizations.weight_norm(block.experts[2].w1), "has a parametrized weight (_WeightNorm)"),
+    "weight_norm": (lambda block: [parametrizations.weight_norm(e.w1) for e in block.experts], "experts.0.w1.weight is parametrized (_WeightNorm)"),
+    "weight_norm of one": (lambda block: parametrizations.weight_norm(block.experts[2].w1), "2.w1.weight is parametrized (_WeightNorm)"),
     "spectral_norm": (lambda block: [nn.utils.spectral_norm(e.w1) for e in block.experts], "forward pre-hook (SpectralNorm)"),
     "old weight_norm": (lambda block: [nn.utils.weight_norm(e.w1) for e in block.experts], "forward pre-hook (WeightNorm)"),
     "pruned": (lambda block: prune.l1_unstructured(block.experts[1].w2, "weight", 0.5), "forward pre-hook (L1Unstructured)"),
@@ -405,6 +406,22 @@ def test_two_blocks_may_share_a_list():
     moepatch.restore(models[1])
     assert type(experts_of(models[1])) is nn.ModuleList
     assert_same(*models)
+
+
+def test_a_shared_list_has_one_backend():
+    model = listed()
+    model.layers[1].mlp.experts = model.layers[0].mlp.experts
+    plan = moepatch.plan(model)
+    (pattern,) = [p for p in plan.patterns if p.site.kind == "expert_list"]
+    others = [p for p in plan.patterns if p is not pattern]
+    two = [replace(pattern, sites=(site,), backend=name) for site, name in zip(pattern.sites, ("torch", "reference"), strict=True)]
+    with pytest.raises(moepatch.CheckFailed, match=r"layers\.1\.mlp\.experts: it is layers\.0\.mlp's too, and the plan has another backend there"):
+        moepatch.optimize(model, plan=replace(plan, patterns=(*two, *others)))
+    moepatch.optimize(model, plan=plan.without("layers.1.mlp"))
+    assert is_patched(model, 0) and not is_patched(model, 1)
+    plain = listed()
+    plain.layers[1].mlp.experts = plain.layers[0].mlp.experts
+    assert_same(plain, model)
 
 
 def test_blocks_of_two_kinds_may_not_share_a_list():
@@ -470,6 +487,18 @@ LATER = {
 }
 
 
+#: What the report says from then on.
+SAID = {
+    "another activation": "1.act_fn is GELU",
+    "another expert": "1 is Expert",
+    "LoRA of one": "1.w1 is Linear",
+    "weight_norm": "1.w1 has a parametrized weight (_WeightNorm)",
+    "pruned": "1.w2 has a forward pre-hook (L1Unstructured)",
+    "a forward": "1 has a forward of its own",
+    "narrower experts": "the experts' weights is of several, or of others",
+}
+
+
 @pytest.mark.parametrize("later", LATER)
 def test_what_happens_later_has_plains_effect(later):
     models = pair()
@@ -479,6 +508,9 @@ def test_what_happens_later_has_plains_effect(later):
             torch.manual_seed(0)
             LATER[later](model.layers[0].mlp)
     assert_same(*models)
+    words = SAID.get(later)
+    report = str(moepatch.report(models[1])).replace("\n", " ")
+    assert words is None or words in report and "the family's own code computes there" in " ".join(report.split()), report
     moepatch.restore(models[1])
     assert type(experts_of(models[1])) is nn.ModuleList
     assert_same(*models)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
+from operator import attrgetter, contains, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from ..watch import Change
 
 #: Under this name a list keeps what `Listed` knows of it: in its ``__dict__``, out of sight of nn.Module, of pickles and of copies.
 HELD = "_moepatch_held"
+_bias, _shape, _dtype = itemgetter("bias"), attrgetter("shape"), attrgetter("dtype")
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -40,49 +43,56 @@ class Listed:
         modules = [m for m in module.modules() if m is not module]
         self.groups = {name: [module.get_submodule(path.rpartition(".")[0])._parameters for path in weight.names] for name, weight in weights.items()}
         self._shapes = {name: tables[0]["weight"].shape for name, tables in self.groups.items()}
-        self.joined: dict[str, tuple[Tensor, list[tuple] | None]] = {}
+        self.joined: dict[str, tuple[Tensor, list[list] | None]] = {}
         self.said: list[Change] = []
         self._names = [name for name, m in module.named_modules() if m is not module]
         self._modules, self._classes = modules, [type(m) for m in modules]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)]
         self._scopes = [vars(m) for m in modules]
-        tables = [m._modules for m in (module, *modules)]
-        self._tables, self._sizes = tables, [len(table) for table in tables]
-        self._places = [(table, name) for table in tables for name in table]
-        self._children = [table[name] for table, name in self._places]
-        own = [(vars(m), key) for m in modules if not isinstance(m, nn.Linear) for key, value in vars(m).items() if _is_read(key, value)]
-        self._attributes, self._values = own, [scope[key] for scope, key in own]
-        self._linears = [m._parameters for m in modules if type(m) is nn.Linear]
+        self._tables = [m._modules for m in (module, *modules)]
+        self._children = list(_of_all(self._tables))
+        own = {id(m): [key for key, value in vars(m).items() if _is_read(key, value)] for m in modules if not isinstance(m, nn.Linear)}
+        self._attributes = [(vars(m), keys, itemgetter(*keys)) for m in modules if (keys := own.get(id(m)))]
+        self._values = [take(scope) for scope, _, take in self._attributes]
+        self._biases = [m._parameters for m in modules if type(m) is nn.Linear]
 
     def is_unchanged(self) -> bool:
         """Whether computing what the experts compute, instead of calling them, leaves nothing out: no hook, no other child, no other attribute."""
-        return (
-            not any(self._hooks)
-            and [type(m) for m in self._modules] == self._classes
-            and [len(table) for table in self._tables] == self._sizes
-            and [table.get(name) for table, name in self._places] == self._children
-            and [scope.get(key) for scope, key in self._attributes] == self._values
-            and not any("forward" in scope for scope in self._scopes)
-            and not any(table.get("bias") is not None for table in self._linears)
-        )
+        try:
+            return (
+                not any(self._hooks)
+                and list(map(type, self._modules)) == self._classes
+                and list(_of_all(self._tables)) == self._children
+                and [take(scope) for scope, _, take in self._attributes] == self._values
+                and not any(map(contains, self._scopes, repeat("forward")))
+                and all(bias is None for bias in map(_bias, self._biases))
+            )
+        except KeyError:  # something is gone
+            return False
 
     def changes(self, module: nn.ModuleList) -> tuple[Change, ...]:
         """The first thing that is not what it was, in words; it is among `said` from now on."""
         if self.is_unchanged():
             return () if self.wholes() is not None else (self.say("the experts' weights", "all of one size and dtype", "of several, or of others"),)
         hung = what_is_hung_on(module, "")
-        gone = [place for place, before in zip(self._places, self._children, strict=True) if place[0].get(place[1]) is not before]
+        now = list(_of_all(self._tables))
+        other = next((pair for pair in zip(self._children, now, strict=False) if pair[0] is not pair[1]), None)
         if hung is not None:
             change = Change("an expert", "called by nobody's hooks", f"more than that: {hung.lstrip('.')}")
-        elif gone:
-            now = gone[0][0].get(gone[0][1])
-            name = self._names[self._modules.index(self._children[self._places.index(gone[0])])]
-            change = Change(name, "another module", type(now).__name__)
+        elif other is not None:
+            change = Change(self._names[self._modules.index(other[0])], f"another {type(other[0]).__name__}", type(other[1]).__name__)
+        elif len(now) != len(self._children):
+            change = Change("the number of modules in the list", str(len(self._children)), str(len(now)))
         else:
-            values = zip(self._attributes, self._values, strict=True)
-            key, was, now = next(((key, was, scope.get(key)) for (scope, key), was in values if scope.get(key) != was), ("what", "as it was", "changed"))
-            change = Change(f"{key} of an expert", repr(was), repr(now))
+            change = self._changed_attribute() or Change("a linear layer of an expert", "without bias, as its class had it", "something else")
         return (self.say(*change),)
+
+    def _changed_attribute(self) -> Change | None:
+        for (scope, keys, _), before in zip(self._attributes, self._values, strict=True):
+            for key, was in zip(keys, before if len(keys) > 1 else (before,), strict=True):
+                if key not in scope or scope[key] != was:
+                    return Change(f"{key} of an expert", repr(was), repr(scope.get(key, "gone")))
+        return None
 
     def say(self, what: str, was: str, now: str) -> Change:
         """Remembers a change."""
@@ -172,11 +182,15 @@ def stacked(wholes: Mapping[str, Whole], topk_ids: Tensor, experts: int, idle_ze
     return found
 
 
-def _places_of(parameters: Sequence[Tensor]) -> list[tuple] | None:
+def _of_all(tables: Iterable[dict[str, Any]]) -> Iterable[Any]:
+    return chain.from_iterable(map(dict.values, tables))
+
+
+def _places_of(parameters: Sequence[Tensor]) -> list[list] | None:
     """Where tensors lie in memory; None where one is no plain parameter, such as a tracer's, which may lie nowhere."""
-    if any(type(p) is not nn.Parameter for p in parameters):
+    if set(map(type, parameters)) != {nn.Parameter}:
         return None
-    return [(p.data_ptr(), p.shape, p.is_contiguous(), p.dtype) for p in parameters]
+    return [list(map(look, parameters)) for look in (Tensor.data_ptr, _shape, Tensor.stride, _dtype)]
 
 
 def _may_move(parameter: Tensor) -> bool:
