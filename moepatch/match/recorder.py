@@ -96,6 +96,11 @@ class Recorder(TorchDispatchMode):
         self._traced = traced
         self._reads = _Reads(self.sites)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: at every operator torch would see to it that its compiler stays away, which is not at work here."""
+        return False
+
     def __enter__(self):
         _ONE_AT_A_TIME.acquire()
         self._reads.__enter__()
