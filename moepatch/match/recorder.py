@@ -53,7 +53,8 @@ class Key(NamedTuple):
     at: float | str | None
 
     def __str__(self) -> str:
-        return f"{'Tensor' if self.op in _READS.values() else 'aten'}.{self.op}" + ("" if self.at is None else f" at {self.at:g}" if isinstance(self.at, float) else f" {self.at}")
+        at = "" if self.at is None else f" at {self.at:g}" if isinstance(self.at, float) else f" {self.at}"
+        return f"{'Tensor' if self.op in _READS.values() else 'aten'}.{self.op}{at}"
 
 
 @dataclass
