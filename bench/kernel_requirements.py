@@ -34,7 +34,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 LAYERS = {"Nemotron-3-Nano-30B-A3B": 8}
 #: Forms that the models of `models.CONFIGS` have not: dense heads, gated attention and the delta rule, Mamba-1.
 MORE = {
-    "Qwen3-8B": dict(model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8, vocab_size=151936),
+    "Qwen3-8B": dict(
+        model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=151936,
+    ),
     "Qwen3-Next-80B-A3B": dict(
         model_type="qwen3_next", hidden_size=2048, intermediate_size=5120, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=2, head_dim=256,
         num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512, shared_expert_intermediate_size=512, vocab_size=151936,

@@ -274,10 +274,16 @@ def _fitting(given: Plan, fresh: Plan) -> Plan:
     for pattern in given.patterns:
         for site in pattern.sites:
             if site.fqn not in present:
-                raise PlanMismatch(f"The plan names {site.fqn!r}, which this {fresh.model_class} does not have or which was refused. Make a new plan with moepatch.plan(model).")
+                raise PlanMismatch(
+                    f"The plan names {site.fqn!r}, which this {fresh.model_class} does not have or which was refused. "
+                    "Make a new plan with moepatch.plan(model)."
+                )
             now = present[site.fqn].site
             if (site.kind, site.spec, site.dtype) != (now.kind, now.spec, now.dtype):
-                raise PlanMismatch(f"{site.fqn}: the plan was made for {site.spec.describe()} {site.dtype}, the model has {now.spec.describe()} {now.dtype}. Make a new plan.")
+                raise PlanMismatch(
+                    f"{site.fqn}: the plan was made for {site.spec.describe()} {site.dtype}, the model has {now.spec.describe()} {now.dtype}. "
+                    "Make a new plan."
+                )
         chosen = present[pattern.site.fqn]
         # What is available is a fact of this machine, not of the one that made the plan.
         here = replace(pattern, choices=chosen.choices)

@@ -122,7 +122,8 @@ def test_offload_hooks(qwen3):
 
 def test_parameters_held_by_an_optimizer_that_was_passed_in(qwen3):
     optimizer = torch.optim.AdamW(qwen3.parameters())
-    words = r"the AdamW that was passed in holds 4 of the parameters to be patched \(model\.layers\.0\.mlp\.experts\.gate_up_proj, …\)\. Build the optimizer after"
+    held = r"holds 4 of the parameters to be patched \(model\.layers\.0\.mlp\.experts\.gate_up_proj, …\)"
+    words = rf"the AdamW that was passed in {held}\. Build the optimizer after"
     refused(qwen3, moepatch.CheckFailed, words, optimizer=optimizer)
     other = torch.optim.AdamW(qwen3.model.embed_tokens.parameters())
     moepatch.optimize(qwen3, optimizer=other)
@@ -184,7 +185,8 @@ def test_an_unknown_experts_module_is_refused_and_the_rest_is_patched(qwen3):
 
 def test_unknown_options_and_backends_are_refused_with_what_exists(qwen3):
     refused(qwen3, moepatch.PlanMismatch, r"no option 'expert'\. Did you mean 'experts'\?", expert="torch")
-    refused(qwen3, moepatch.BackendUnavailable, r"No backend named 'cutlass' for 'experts'\. There are: quack, triton, torch, reference, te, te_fp8\.", experts="cutlass")
+    there_are = r"There are: quack, triton, torch, reference, te, te_fp8\."
+    refused(qwen3, moepatch.BackendUnavailable, rf"No backend named 'cutlass' for 'experts'\. {there_are}", experts="cutlass")
 
 
 def test_a_backend_that_nothing_is_there_for_is_refused(qwen3):

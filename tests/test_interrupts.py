@@ -56,7 +56,6 @@ def places(seen):
     return sorted({(line, count) for line in seen for count in (1, seen.count(line))})
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_while_it_is_patched(family):
     model = zoo.build(family)

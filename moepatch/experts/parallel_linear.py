@@ -54,7 +54,8 @@ class ParallelLinearSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"num_experts": self.num_experts, "in_features": self.in_features, "out_features": self.out_features, "layout": "3-D, one linear" + (", transposed" if self.weight.ops else "")}
+        layout = "3-D, one linear" + (", transposed" if self.weight.ops else "")
+        return {"num_experts": self.num_experts, "in_features": self.in_features, "out_features": self.out_features, "layout": layout}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..registry import register_matcher
 from ..replica import replica, size_map
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
+from .known import known
 from .near import class_name
 from .probe import candidates, fingerprint, finite_numbers, is_shape, misfit, misfit_of_all, recognise
 from .witness import Objection
@@ -40,7 +41,7 @@ def match_experts(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None
         return quantized(found, f"its weights are {words}, which no backend computes with")
     key = ("experts", fingerprint(module))
     if key not in memo:
-        memo[key] = _read(module)
+        memo[key] = known("experts", module, _read)
     reading = memo[key]
     if reading is None:
         return None

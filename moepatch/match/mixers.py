@@ -28,6 +28,7 @@ from ..scan import Found, Scan
 from ..site import Left, Site
 from .attention_calls import same
 from .experts import left, make_site
+from .known import known
 from .layer_index import is_handed_on, looks_once, remembered
 from .probe import misfit
 from .roles import Recording, StandIn, attempt, base_roles, updates_of
@@ -64,7 +65,7 @@ def _match(
         return None
     if (quantized := kept_inside(module)) is not None:
         return left(found, kind, quantized)
-    reading = remembered(memo, (kind,), module, lambda: _read(module, kind, candidates(module), small))
+    reading = remembered(memo, (kind,), module, lambda: known(kind, module, _read, kind, candidates(module), small))
     if isinstance(reading, str):
         return left(found, kind, reading)
     site = make_site(found, kind, reading, ("conv1d.weight", "out_proj.weight"))

@@ -32,7 +32,11 @@ def suspects(scan: Scan, taken: set[int], near: Mapping[int, Left] | None = None
     """
     inside = _under(scan, taken)
     refusals, settled = [], set(taken)
-    for test, reason in ((is_list, "its experts are separate modules, and no matcher stacks them yet"), (_owns_stack, "no matcher takes a module with this call and these parameters")):
+    tests = (
+        (is_list, "its experts are separate modules, and no matcher stacks them yet"),
+        (_owns_stack, "no matcher takes a module with this call and these parameters"),
+    )
+    for test, reason in tests:
         for found in scan:
             if id(found.module) in inside or _above(scan, found, settled) or not test(found):
                 continue
