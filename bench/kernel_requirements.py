@@ -118,8 +118,8 @@ def table(rows: list[dict]) -> str:
         f"launch, in {', '.join(sorted({row['dtype'] for row in rows}))}, forward and backward, compiled by Triton {triton.__version__} for each GPU; torch "
         f"{torch.__version__.split('+')[0]}, transformers {transformers.__version__}. Compiled, not run: only the H200 was tried.", "",
         "A cell has the most shared memory of a block (KiB), registers of a thread, and bytes of a thread's stack (spilled registers) of all forms. "
-        f"What needs more shared memory than a GPU has, spills more than {requirements._STACK} bytes, or is not compiled, does not serve there: `why_not` says so, "
-        "and another backend is taken.", "",
+        f"What needs more shared memory than a GPU has, spills more than {requirements._STACK} bytes, or is not compiled, does not serve there: `why_not` "
+        "says so, and another backend is taken.", "",
         "| kernel | forms | " + " | ".join(head) + " |", "|---|---|" + "---|" * len(capabilities), f"| a block may have | | {limits} |",
     ]  # fmt: skip
     for kernel, size in sorted({(row["kernel"], row["size"]) for row in rows}):

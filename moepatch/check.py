@@ -48,7 +48,10 @@ def check_plan(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | 
     Raises:
         CheckFailed: with every problem found.
     """
-    problems = [*_divisible(plan, mesh), *_adapted(model, plan, mesh), *_taken(model, plan), *_in_two_ways(model, plan), *_shadowed(model, plan), *_held(model, plan, optimizer)]
+    problems = [
+        *_divisible(plan, mesh), *_adapted(model, plan, mesh), *_taken(model, plan), *_in_two_ways(model, plan), *_shadowed(model, plan),
+        *_held(model, plan, optimizer),
+    ]  # fmt: skip
     if problems:
         raise CheckFailed(tuple(problems))
 

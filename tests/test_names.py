@@ -255,7 +255,8 @@ def test_generate_with_router_logits(name, cache):
     models = [copy.deepcopy(m).eval() for m in _both(name)]
 
     def made(model, ids):
-        options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache, "output_router_logits": True, "pad_token_id": 0, "eos_token_id": None}
+        options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache, "output_router_logits": True}
+        options |= {"pad_token_id": 0, "eos_token_id": None}
         try:
             return model.generate(ids, **options).tolist()
         except (RuntimeError, AttributeError) as error:

@@ -25,7 +25,7 @@ _STACK = 4096
 
 @functools.cache
 def requirements() -> dict:
-    """The file: the version of Triton, and by table, size, dtype and capability the most bytes of shared memory of a block and of stack of a thread, or words."""
+    """The file: the version of Triton, and by table, size, dtype and capability the bytes of shared memory of a block and of stack of a thread, or words."""
     return json.loads(_FILE.read_text())
 
 
