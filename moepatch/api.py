@@ -107,7 +107,8 @@ def optimize(
     if compile not in (None, "regional"):
         raise MoePatchError(f"compile is {compile!r}; it can be 'regional' (every decoder layer by itself) or None.")
     if mesh is None and dispatch is not None:
-        raise MoePatchError(f"dispatch={dispatch!r} moves tokens between ranks, and there is no mesh: optimize(model, moepatch.make_mesh(ep=…), …).")
+        why = "moves tokens between the ranks of a mesh, and there is none: optimize(model, moepatch.make_mesh(ep=…), …)."
+        raise MoePatchError(f"dispatch={dispatch!r} {why}")
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise MoePatchError(f"optimizer is {optimizer!r}; it can be the optimizer of a training loop, whose parameters are then looked at, or None.")
     if not isinstance(plan, Plan | None):
