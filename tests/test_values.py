@@ -138,6 +138,25 @@ def test_a_function_that_is_replaced_after_the_patch_counts(pairs, row, monkeypa
     assert alike("qwen3_moe", plain, patched)
 
 
+SETTINGS = {"scale": 1.0}
+
+
+class ReadsSettings(qwen3_file.Qwen3MoeRMSNorm):
+    def forward(self, hidden_states):
+        return SETTINGS["scale"] * super().forward(hidden_states)
+
+
+def test_a_constant_of_the_file_counts(monkeypatch):
+    plain = zoo.build("qwen3_moe").train()
+    for norm in named("input_layernorm")(plain):
+        norm.__class__ = ReadsSettings
+    patched = moepatch.optimize(copy.deepcopy(plain), verify=False, measure=False)
+    assert all(isinstance(norm, Patched) for norm in named("input_layernorm")(patched))
+    before = logits("qwen3_moe", plain)
+    monkeypatch.setitem(SETTINGS, "scale", 1.5)
+    assert compare.error(logits("qwen3_moe", plain), before) > 1e-4 and alike("qwen3_moe", plain, patched)
+
+
 def test_a_forward_of_one_module_counts(pairs):
     plain, patched = pairs("qwen3_moe")
     for end in ("mlp.gate", "q_norm", "mlp.experts", "input_layernorm", "act_fn", "self_attn"):
