@@ -140,7 +140,7 @@ def _checked_plan(
     """The plan to carry out, after everything that forbids it has been looked for."""
     check_model(model, mesh)
     asked = () if given is None else [KINDS[p.site.kind].backends for p in given.patterns]
-    chosen = _made(model, dense, numerics, measure and given is None, {} if given is not None else overrides, asked)
+    chosen = _made(model, mesh, dense, numerics, measure and given is None, {} if given is not None else overrides, asked)
     if given is not None:
         chosen = _fitting(given, chosen)
         chosen = (chosen if dense else chosen.without_dense()).with_backends(**overrides)
@@ -160,14 +160,17 @@ def plan(model: nn.Module, mesh: DeviceMesh | None = None, *, dense: bool = True
     if isinstance(model, nn.Module) and patch_of(model) is not None:
         return patch_of(model).report.plan
     check_model(model, mesh)
-    made = _made(model, dense, numerics, measure, overrides)
+    made = _made(model, mesh, dense, numerics, measure, overrides)
     check_plan(model, made, None, mesh)
     return made
 
 
-def _made(model: nn.Module, dense: bool, numerics: str, measure: bool, overrides: dict[str, str | None], asked: Collection[str] = ()) -> Plan:
-    """A fresh plan: what matches, what the caller wants, and of what is left the fastest."""
+def _made(
+    model: nn.Module, mesh: DeviceMesh | None, dense: bool, numerics: str, measure: bool, overrides: dict[str, str | None], asked: Collection[str] = ()
+) -> Plan:
+    """A fresh plan: what matches and can be spread over the mesh, what the caller wants, and of what is left the fastest."""
     made = planning.make_plan(model, numerics=numerics, asked=[*asked, *overrides])
+    made = made if mesh is None else planning.spreadable(model, made)
     made = (made if dense else made.without_dense()).with_backends(**overrides)
     return fastest(model, made) if measure else made
 

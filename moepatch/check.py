@@ -47,7 +47,7 @@ def check_plan(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | 
     Raises:
         CheckFailed: with every problem found.
     """
-    problems = [*_divisible(plan, mesh), *_adapted(model, plan, mesh), *_taken(model, plan), *_shadowed(model, plan), *_held(model, plan, optimizer)]
+    problems = [*_divisible(plan, mesh), *_adapted(model, plan, mesh), *_taken(model, plan), *_in_two_ways(model, plan), *_shadowed(model, plan), *_held(model, plan, optimizer)]
     if problems:
         raise CheckFailed(tuple(problems))
 
@@ -168,6 +168,19 @@ def _taken(model: nn.Module, plan: Plan) -> Iterator[Problem]:
             by = f"optimize() was called for {owners[0]!r} inside this model" if owners else "optimize() was called for another object that shares it"
             yield Problem("patched", fqn or "model", f"it is patched already: {by}.", "Use it as it is, or call moepatch.restore() on that object first.")
             return
+
+
+def _in_two_ways(model: nn.Module, plan: Plan) -> Iterator[Problem]:
+    """A module that is part of two sites can be patched in one way only."""
+    seen: dict[int, tuple[str, object]] = {}
+    for pattern in plan.patterns:
+        for site in pattern.sites if pattern.backend else ():
+            for name, injection in KINDS[site.kind].injections(site.spec, pattern.backend, None).items():
+                fqn = ".".join(filter(None, (site.fqn, name)))
+                other, before = seen.setdefault(id(model.get_submodule(fqn)), (site.fqn, injection))
+                if before != injection:
+                    text = f"it is {other}'s too, and the plan has another backend there: {before[1]}, not {injection[1]}."
+                    yield Problem("plan", fqn, text, "Give both the same backend.")
 
 
 def _targets(model: nn.Module, plan: Plan) -> Iterator[str]:

@@ -100,6 +100,7 @@ def revive(module: nn.Module, state: OrderedDict[str, Any]) -> None:
     module.__class__ = cls
     if module._moepatch_watch is not None:
         module._moepatch_watch.adopt(module)
+    module.made_again()
 
 
 class OnOthers:

@@ -284,6 +284,18 @@ def make_plan(
     return plan.with_backends(**overrides) if overrides else plan
 
 
+def spreadable(model: nn.Module, plan: Plan) -> Plan:
+    """The plan for a mesh: modules whose experts would lose something if they were spread over ranks are refused, each for its reason."""
+    lost = {
+        site: reason
+        for pattern in plan.patterns if pattern.backend is not None
+        for site in pattern.sites if (reason := KINDS[site.kind].why_not_spread(model.get_submodule(site.fqn), site.spec, model)) is not None
+    }  # fmt: skip
+    hint = "It keeps its own forward, and its weights are sharded like all others."
+    refusals = tuple(Refusal(fqns=site.fqns, class_name=site.class_name, reason=reason, hint=hint) for site, reason in lost.items())
+    return replace(plan.without(*(site.fqn for site in lost)), refusals=(*plan.refusals, *refusals)) if lost else plan
+
+
 def match(
     scan: Scan, asked: Collection[str] = (), matchers: Iterable[registry.Matcher] | None = None
 ) -> tuple[list[Site], list[Refusal], list[Left]]:

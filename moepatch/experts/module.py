@@ -34,6 +34,10 @@ class ExpertsState:
         return f"{self.spec.describe()}, backend={self.backend}"
 
 
+class SeesRoutes:
+    """Base of moepatch's own hooks on experts, by which calls are told that are made for them."""
+
+
 class PatchedExperts(Patched):
     """Computes ``experts(hidden_states, top_k_index, top_k_weights)`` with a backend.
 

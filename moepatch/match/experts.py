@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from ..experts.activation import OWN, Activation
@@ -68,7 +69,10 @@ def make_site(found: Found, kind: str, spec, parameter_names: tuple[str, ...]) -
     parameters = {name: module.get_parameter(name) for name in parameter_names}
     dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters.values()}
     if len(dtypes) > 1:
-        listed = ", ".join(f"{name} {str(p.dtype).removeprefix('torch.')}" for name, p in parameters.items())
+        first: dict[torch.dtype, str] = {}
+        for name, p in parameters.items():
+            first.setdefault(p.dtype, name)
+        listed = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
         return refusal(found, f"its weights have mixed dtypes ({listed})")
     if not dtypes <= {str(dtype).removeprefix("torch.") for dtype in FLOATS}:
         return refusal(found, f"its weights are {dtypes.pop()}, which no backend computes with")

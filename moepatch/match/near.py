@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..kinds import KINDS
 from ..scan import Found, Scan
@@ -83,6 +84,10 @@ def in_the_way(module: nn.Module) -> str | None:
         adapter = type(module.get_submodule(name)).__name__
         what = "LoRA layer" if "lora" in adapter.lower() or "lora_A" in dict(module.get_submodule(name).named_children()) else f"{adapter}, an adapter,"
         return f"a {what} stands at {name or 'its place'}"
+    name, parametrized = next(((name, inner) for name, inner in module.named_modules() if is_parametrized(inner)), (None, None))
+    if name is not None:
+        weight, (made, *_) = next(iter(parametrized.parametrizations.items()))
+        return f"{'.'.join(filter(None, (name, weight)))} is parametrized ({type(made).__name__})"
     odd = {name: inner for name, inner in module.named_modules() if name and _linear_like(inner)}
     if odd:
         classes = ", ".join(dict.fromkeys(type(inner).__name__ for inner in odd.values()))

@@ -84,10 +84,10 @@ def _named(found: Found) -> bool:
 
 
 def is_list(found: Found) -> bool:
-    """A list or dict called experts that holds at least two modules of one class with weights."""
+    """A list or dict called experts that holds at least two modules with weights, or one of modules of one class that is called so."""
     classes = [type(child) for child in found.module.children() if next(child.parameters(), None) is not None]
-    called = _named(found) or any("expert" in cls.__name__.lower() for cls in classes)
-    return isinstance(found.module, (nn.ModuleList, nn.ModuleDict)) and called and len(classes) > 1 and len(set(classes)) == 1
+    called = _named(found) or len(set(classes)) == 1 and any("expert" in cls.__name__.lower() for cls in classes)
+    return isinstance(found.module, (nn.ModuleList, nn.ModuleDict)) and called and len(classes) > 1
 
 
 def _owns_stack(found: Found) -> bool:
