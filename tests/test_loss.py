@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import io
 import itertools
 import pickle
+import weakref
 
 import compare
 import pytest
@@ -357,12 +359,62 @@ def test_modes_are_those_of_the_forward_pass():
     assert (low + 0).dtype == torch.bfloat16
 
 
-def test_logits_of_a_weight_that_has_changed_are_refused():
-    x, *_ = deferred()
+def no_grad_mul(t):
     with torch.no_grad():
-        x._steps.head.module.weight.mul_(2)
-    with pytest.raises(MoePatchError, match=r"before `optimizer.step\(\)`"):
-        x.sum()
+        t.mul_(2)
+
+
+CHANGES = {
+    "optimizer": lambda head, hidden: no_grad_mul(head.weight),
+    "data": lambda head, hidden: head.weight.data.add_(1e-3),
+    "memory": lambda head, hidden: head.weight.detach().numpy().__imul__(2),
+    "bias": lambda head, hidden: head.bias.data.add_(1e-3),
+    "hidden": lambda head, hidden: no_grad_mul(hidden),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_logits_of_what_has_changed_are_refused(change):
+    x, _, hidden, _ = deferred(bias=True)
+    loss = F.cross_entropy(x.view(-1, V), torch.arange(12))
+    x.retain_grad()
+    loss.backward()
+    change(x._steps.head.module, hidden)
+    for look in (lambda: x.sum(), lambda: x.grad.sum(), lambda: x.detach().float().tolist(), lambda: repr(x)):
+        with pytest.raises(MoePatchError, match=r"before `optimizer.step\(\)`"):
+            look()
+
+
+def test_other_memory_in_the_place_of_the_weights_changes_nothing():
+    x, plain, *_ = deferred()
+    head = x._steps.head.module
+    head.weight.data = torch.zeros_like(head.weight)
+    assert torch.equal(x + 0, plain)
+    x, plain, *_ = deferred()
+    x._steps.head.module.to(torch.float64)
+    assert torch.equal(x + 0, plain)
+
+
+def test_operators_that_change_a_shape_in_place_are_refused():
+    x, *_ = deferred()
+    with pytest.raises(MoePatchError, match="changes the shape"):
+        x.detach().resize_(3)
+
+
+def test_nothing_holds_itself():
+    """Who drops output and loss frees hidden states and logits at once: no circle waits for the garbage collector."""
+    for make in (lambda: deferred()[0], lambda: torch.tanh(deferred()[0][:, 1:].float() / 3.0) * 3.0):
+        made = make()
+        head = weakref.ref(made._steps.head)
+        gc.collect()
+        gc.disable()
+        try:
+            loss = F.cross_entropy(made.flatten(0, 1), torch.zeros(made.shape[:2].numel(), dtype=torch.long)) + made.sum()
+            loss.backward()
+            del made, loss
+            assert head() is None
+        finally:
+            gc.enable()
 
 
 # --- models --------------------------------------------------------------------------------------------------------------------------
@@ -795,6 +847,12 @@ def sharded(reshard):
     assert compare.error(output.logits.detach(), logits[rank][1]) <= 1e-6  # from the shards, which every rank does
     for (name, p), q in zip(model.named_parameters(), truth.parameters(), strict=True):
         assert compare.error(p.grad.full_tensor(), q.grad) <= 1e-5, name
+    late = model(**tokens(model, (2, 8 + rank))).logits
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data.add_(0.1)
+    with pytest.raises(MoePatchError, match="has changed since"):
+        late.sum()
 
 
 @pytest.mark.parametrize("reshard", [False, True])
