@@ -20,6 +20,7 @@ from .dispatch.base import Dispatcher
 from .errors import LeftAlone, MoePatchError, NothingMatched, PlanMismatch
 from .frameworks import called, shadowed
 from .kinds import KINDS
+from .layers.attention.sight import choices
 from .match.attention_function import left_alone
 from .measure import agreed, fastest, is_measured
 from .parallel.agree import together
@@ -211,8 +212,29 @@ def report(model: nn.Module) -> Report:
     if patch is None:
         where = _elsewhere(model, "report") or " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
-    since = called(model)
+    since = (*words.changed(_changes(model)), *called(model))
     return replace(patch.report, notes=(*patch.report.notes, *since)) if since else patch.report
+
+
+def _changes(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
+    """By module what its family reads and what is, or was for a time, not as at the patch; and what came of it."""
+    found = {}
+    watched = {fqn or "the model": module for fqn, module in model.named_modules() if isinstance(module, Patched)}
+    for fqn, module in watched.items():
+        said, now = module.met(), module.changes()
+        found[fqn] = [(str(change), words.outcome(change in now, _can_leave(module))) for change in dict.fromkeys((*said, *now))]
+    for choice in choices(model):
+        now = choice.changes()
+        found["attention"] = [(str(change), words.outcome(change in now, True)) for change in (() if choice.watch is None else choice.watch.said)]
+    return found
+
+
+def _can_leave(module: Patched) -> bool:
+    try:
+        module.leave_to_family()
+    except MoePatchError:
+        return False
+    return True
 
 
 def _elsewhere(model: nn.Module, call: str) -> str:

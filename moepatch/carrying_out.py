@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
 
 from .checkpoint import ModelState, PatchedModel
+from .choice import PatchedPart
 from .errors import NothingMatched, NumericMismatch
+from .experts.module import PatchedExperts
 from .kinds import KINDS
 from .match.attention_function import looks
 from .match.experts import implementation
@@ -25,7 +28,8 @@ from .planning import Pattern, Plan, next_best, serving
 from .progress import counted
 from .regional import compile_layers
 from .scan import outermost_pretrained
-from .surgery import InjectClass, Journal
+from .reads import Reads
+from .surgery import InjectClass, Journal, WatchModule
 from .verify import Verified, verify
 
 
@@ -86,6 +90,7 @@ def carry_out(
                     apply_patterns(model, made, journal)
                 apply_models(model, journal)
             relayout(model, made, journal)
+            watch_patterns(model, made, journal)
             if mesh is not None:
                 with timed(seconds, "shard"), counted((model,), "sharding", lambda whole: type(whole).__name__) as turns:
                     for whole in turns:
@@ -190,6 +195,9 @@ def apply_models(model: nn.Module, journal: Journal) -> None:
         journal.do(look)
     for pretrained in outermost_pretrained(model).values():
         journal.do(InjectClass(pretrained, PatchedModel, ModelState(count)))
+        for part in pretrained.modules():
+            if part is not pretrained and isinstance(part, PreTrainedModel) and any(isinstance(m, PatchedExperts) for m in part.modules()):
+                journal.do(InjectClass(part, PatchedPart, "experts"))
 
 
 def relayout(model: nn.Module, plan: Plan, journal: Journal) -> None:
@@ -198,6 +206,16 @@ def relayout(model: nn.Module, plan: Plan, journal: Journal) -> None:
         for site in pattern.sites if pattern.backend is not None else ():
             for step in KINDS[site.kind].relayout(model.get_submodule(site.fqn), site.spec):
                 journal.do(step)
+
+
+def watch_patterns(model: nn.Module, plan: Plan, journal: Journal) -> None:
+    """Has every patched module notice what changes from now on of that which its family reads. Last: what a module is must not change any more."""
+    memo: dict[type, Reads] = {}
+    for pattern in plan.patterns:
+        for site in pattern.sites if pattern.backend is not None else ():
+            module, kind = model.get_submodule(site.fqn), KINDS[site.kind]
+            for name in kind.injections(site.spec, pattern.backend, None):
+                journal.do(WatchModule(module.get_submodule(name), kind.follows(site.spec), not kind.only_itself, memo))
 
 
 class timed:

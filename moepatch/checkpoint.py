@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from .choice import Choosing
 from .layers.loss.labelled import Labelled
 from .parallel.save import save_sharded, sharding_mesh
 from .surgery import Patched
@@ -40,7 +41,7 @@ class ModelState:
         return f"{self.modules} modules patched"
 
 
-class PatchedModel(Labelled, Patched):
+class PatchedModel(Labelled, Choosing, Patched):
     """A whole ``PreTrainedModel``, whose saving becomes safe."""
 
     _moepatch: ModelState

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class Kind:
         most_tokens: of a call that a matcher tries.
         dense: whether it belongs to the dense half of a model, not to its mixture of experts.
         on_request: plans have it only if a backend of its table was asked for by name.
+        follows: from the spec to names of attributes and config values that a patched module reads at each call, as its family does.
         only_itself: a site patches what the module itself does, and none of the modules in it.
     """
 
@@ -62,6 +63,7 @@ class Kind:
     most_tokens: int = 2**16
     dense: bool = False
     on_request: bool = False
+    follows: Callable[[Any], Collection[str]] = lambda spec: ()
     only_itself: bool = False
 
     def subject(self, module: nn.Module, spec: Any, backend: str | None, copied: Callable[[nn.Module], nn.Module]) -> nn.Module:

@@ -98,6 +98,8 @@ def revive(module: nn.Module, state: OrderedDict[str, Any]) -> None:
     module.__setstate__(state)
     vars(module).update(ours)
     module.__class__ = cls
+    if module._moepatch_watch is not None:
+        module._moepatch_watch.adopt(module)
 
 
 class OnOthers:

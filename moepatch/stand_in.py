@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 #: Whose functions are not looked into: they call no family's code by name. What they wrap is.
-_CLOSED = sys.stdlib_module_names | {"moepatch", "numpy", "torch", "triton"}
+CLOSED = sys.stdlib_module_names | {"moepatch", "numpy", "torch", "triton"}
 _EMPTY = object()
 
 
@@ -149,8 +149,8 @@ class _Copies(dict[int, Any]):
             elif id(function.__globals__.get(name)) in self:
                 scope[name] = self[id(function.__globals__[name])]
         for cell in self[id(function)].__closure__ or ():
-            if id(_content(cell)) in self:
-                cell.cell_contents = self[id(_content(cell))]
+            if id(content(cell)) in self:
+                cell.cell_contents = self[id(content(cell))]
 
     def of_class(self, cls: type) -> type:
         """A subclass with copies of the methods in it and above it; the class itself where there are none.
@@ -168,11 +168,12 @@ class _Copies(dict[int, Any]):
 
 def _fresh(cell: CellType) -> CellType:
     """A cell of its own for a function or a module, which a copy may have to replace; state is shared."""
-    content = _content(cell)
-    return CellType(content) if isinstance(content, (FunctionType, nn.Module)) else cell
+    held = content(cell)
+    return CellType(held) if isinstance(held, (FunctionType, nn.Module)) else cell
 
 
-def _content(cell: CellType) -> Any:
+def content(cell: CellType) -> Any:
+    """What a function's cell holds; an object of its own for one that holds nothing yet."""
     try:
         return cell.cell_contents
     except ValueError:  # nothing in it yet
@@ -191,9 +192,9 @@ def _called(value: Any) -> Iterator[Any]:
     if isinstance(value, nn.Module):
         yield from _methods(type(value))
         return
-    cells = [_content(cell) for cell in value.__closure__ or ()]
+    cells = [content(cell) for cell in value.__closure__ or ()]
     package = str(value.__globals__.get("__name__")).partition(".")[0]
-    named = [value.__globals__.get(name) for name in _names(value.__code__)] if package not in _CLOSED else []
+    named = [value.__globals__.get(name) for name in _names(value.__code__)] if package not in CLOSED else []
     for called in (*cells, *named):
         if isinstance(called, (FunctionType, nn.Module)):
             yield called

@@ -10,7 +10,7 @@ import copy
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Protocol, runtime_checkable
@@ -20,8 +20,10 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .pickling import reduced
+from .reads import Reads
+from .watch import Change, Watch, watch
 
-_transforms, _traces = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+_compiles, _transforms, _traces = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active, torch._C._is_tracing
 
 
 class Patched:
@@ -32,12 +34,17 @@ class Patched:
 
     #: True if the mixin computes with weights of children without calling them, as long as they are bare (see `is_bare`).
     takes_children = False
+    #: False if the mixin only stands around a forward: the one underneath says whether something has changed that its family reads.
+    stands_aside = True
+    #: False if it takes weights of any shape.
+    reads_shapes = True
     _moepatch: Any
+    _moepatch_watch: Watch | None = None
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if "forward" in vars(cls) and "_moepatch_parts" not in vars(cls):
-            cls.forward = _outside_of_tracers(cls, cls.forward)
+            cls.forward = _guarded(cls, cls.forward)
 
     def traced(self, family: Callable[..., Any], own: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """What a call returns in the midst of ``torch.func`` transforms and of ``torch.jit.trace``: what the family's forward does.
@@ -53,6 +60,21 @@ class Patched:
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"[moepatch: {self._moepatch}]"]
         return ", ".join(part for part in parts if part)
+
+    def changes(self) -> tuple[Change, ...]:
+        """What of that which the family reads is not what it was at the patch: as long as there is something, the family's code computes."""
+        return () if self._moepatch_watch is None else self._moepatch_watch.changes(self)
+
+    def met(self) -> tuple[Change, ...]:
+        """Every change that there was so far."""
+        return () if self._moepatch_watch is None else tuple(self._moepatch_watch.said)
+
+    def leave_to_family(self) -> None:
+        """Is called before the family's code computes what has changed.
+
+        Raises:
+            MoePatchError: that code cannot.
+        """
 
     def __copy__(self) -> nn.Module:
         return self._moepatch_again(dict)
@@ -89,21 +111,26 @@ def made_of(parts: tuple[tuple[type[Patched], ...], type[nn.Module]]) -> type[nn
     return cls
 
 
-def _outside_of_tracers(mixin: type, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A mixin's forward, which is left to `Patched.traced` in the midst of ``torch.func`` transforms and of ``torch.jit.trace``."""
+def _guarded(mixin: type[Patched], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A mixin's forward, which is left to the family as long as something has changed that its code reads, and to `Patched.traced` in the midst of
+    ``torch.func`` transforms and of ``torch.jit.trace``."""
 
     @functools.wraps(forward)
-    def outside(self, *args, **kwargs):
-        if _transforms() or _traces():
+    def guarded(self, *args, **kwargs):
+        compiling, watch = _compiles(), self._moepatch_watch
+        if watch is not None and mixin.stands_aside and (watch.changed_in_graph(self) if compiling else watch.changed(self)):
+            self.leave_to_family()
+            return super(Patched, self).forward(*args, **kwargs)
+        if not compiling and (_transforms() or _traces()):
             return self.traced(super(mixin, self).forward, functools.partial(forward, self), args, kwargs)
         return forward(self, *args, **kwargs)
 
-    return outside
+    return guarded
 
 
 def is_traced() -> bool:
     """Whether a ``torch.func`` transform or ``torch.jit.trace`` is at work on this thread, for which modules run their family's code."""
-    return _transforms() or _traces()
+    return not _compiles() and (_transforms() or _traces())
 
 
 class MadeClasses:
@@ -192,7 +219,7 @@ def is_bare(module: nn.Module) -> bool:
     if _has_any_global_hook():
         return False
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and not is_shadowed(module)
+    return not hooked and not is_shadowed(module) and is_as_patched(module)
 
 
 def is_shadowed(module: nn.Module) -> bool:
@@ -207,6 +234,12 @@ def _forget_own_forward(module: nn.Module) -> None:
     """Takes a ``forward`` from an instance that is its class's own, before the class becomes another."""
     if not is_shadowed(module):
         module.__dict__.pop("forward", None)
+
+
+def is_as_patched(module: nn.Module) -> bool:
+    """Whether what a patch knows of a module still holds; also of a module that is not patched."""
+    watch = module._moepatch_watch if isinstance(module, Patched) else None
+    return watch is None or not (watch.changed_in_graph(module) if _compiles() else watch.changed(module))
 
 
 @dataclass
@@ -270,6 +303,33 @@ class ReplaceState:
         """Puts the earlier mixin and state back."""
         if self.before is not None:
             self.module.__class__, self.module._moepatch = self.before
+
+
+@dataclass
+class WatchModule:
+    """The step that has a patched module notice what changes of that which its family reads.
+
+    Attributes:
+        module: a patched module.
+        followed: what it reads itself, see `watch`.
+        inside: whether the patch knows something of children.
+        memo: shared by the modules of a model; not kept.
+    """
+
+    module: Patched
+    followed: Collection[str]
+    inside: bool
+    memo: dict[type, Reads] | None
+
+    def do(self) -> None:
+        """Writes down what is read, as it is now."""
+        module = self.module
+        vars(module)["_moepatch_watch"] = watch(module, original_class, Patched, self.followed, self.inside, module.reads_shapes, self.memo)
+        self.memo = None
+
+    def undo(self) -> None:
+        """Forgets it."""
+        vars(self.module).pop("_moepatch_watch", None)
 
 
 class Step(Protocol):

@@ -483,14 +483,14 @@ def loss(output: Any) -> torch.Tensor:
     """A scalar to run backward from: the model's own loss, or else the mean square of its first output."""
     if getattr(output, "loss", None) is not None:
         return output.loss
-    return _first_float(output).float().square().mean()
+    return first_float(output).float().square().mean()
 
 
-def _first_float(output: Any) -> torch.Tensor | None:
+def first_float(output: Any) -> torch.Tensor | None:
     if torch.is_tensor(output):
         return output if output.is_floating_point() else None
     values = output.values() if isinstance(output, dict) else output
-    return next((found for value in values if (found := _first_float(value)) is not None), None)
+    return next((found for value in values if (found := first_float(value)) is not None), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

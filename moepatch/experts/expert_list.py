@@ -22,7 +22,7 @@ from ..layout.adjacent import own_storage
 from ..layout.experts import Weight
 from ..layout.ops import Flatten, Stack, Unflatten
 from ..surgery import Patched, ReplaceState, Step
-from .module import ExpertsState, PatchedExperts
+from .module import ExpertsState, PatchedExperts, cannot_follow
 from .spec import ExpertsSpec
 
 
@@ -90,6 +90,14 @@ class PatchedExpertListBlock(Patched):
     def traced(self, family, own, args, kwargs):
         """As `Patched.traced`: the family's loop over a list would find it empty."""
         return own(*args, **kwargs)
+
+    def leave_to_family(self) -> None:
+        """Raises: the family's code calls experts that are stacked now.
+
+        Raises:
+            MoePatchError: always.
+        """
+        raise MoePatchError(cannot_follow(self, "its own code calls experts one by one, and they are stacked into one weight"))
 
     def forward(self, hidden_states):
         """See the class."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import autocast_dtype
+from ..errors import MoePatchError
 from ..registry import compute
 from ..surgery import Patched, is_traced, original_class
 from .spec import ExpertsSpec, ExpertWeights
@@ -21,7 +22,8 @@ class ExpertsState:
     Attributes:
         spec: what the module computes.
         backend: the name of the compute backend.
-        implementation: ``config._experts_implementation`` at the time of the patch; None for families that do not have it.
+        implementation: ``config._experts_implementation`` at the time of the patch; None for families that do not have it. Whoever sets another
+            one, or this one anew, wants it: the family's code computes from then on (see `watch`).
     """
 
     spec: ExpertsSpec
@@ -46,9 +48,19 @@ class PatchedExperts(Patched):
 
     _moepatch: ExpertsState
 
+    def leave_to_family(self) -> None:
+        """Raises for a list, which has no code of its own: its experts are one weight now.
+
+        Raises:
+            MoePatchError: always for a list.
+        """
+        if _is_stacked(self):
+            raise MoePatchError(cannot_follow(self, "the experts of the list are stacked into one weight, which only the patched block can compute with"))
+
     def forward(self, *args, **kwargs):
         """See the class; keywords go by the family's own names."""
-        if _stands_aside(self):
+        if len(args) + len(kwargs) == 1:  # a scored block that leaves its work to the family calls its experts as the family does
+            self.leave_to_family()
             return super().forward(*args, **kwargs)
         if kwargs:
             args = inspect.signature(original_class(self).forward).bind(self, *args, **kwargs).args[1:]
@@ -81,17 +93,20 @@ def _is_stacked(module: nn.Module) -> bool:
     return issubclass(original_class(module), (nn.ModuleList, nn.ModuleDict))
 
 
+def cannot_follow(module: Patched, why: str) -> str:
+    """The words for a change that neither moepatch nor the family's code can compute with."""
+    what = "; ".join(map(str, module.changes())) or "the block around it runs the family's code, because something in it has changed"
+    return (
+        f"{type(module).__name__}: {what}. This cannot be followed: {why}. "
+        "Change it back, or call moepatch.restore(model), change it there, and patch the model again."
+    )
+
+
 def own_gate(module: nn.Module, spec: ExpertsSpec):
     """The family's own activation as a function of the pre-activation; None where moepatch writes it out."""
     if not spec.activation.is_own:
         return None
     return module.act_fn if spec.layout.gate_form == "none" else module._apply_gate
-
-
-def _stands_aside(module: nn.Module) -> bool:
-    """True if the user has chosen another implementation with ``set_experts_implementation`` since the patch."""
-    recorded = module._moepatch.implementation
-    return recorded is not None and module.config._experts_implementation != recorded
 
 
 def _compute_dtype(module: nn.Module, spec: ExpertsSpec, device: torch.device) -> torch.dtype:

@@ -20,7 +20,7 @@ from ..surgery import is_bare, original_class
 from ..trial import Call
 from .attention_block import attention_functions, is_fresh
 from .latent_heads import TURNS, LatentHeads, tables_of
-from .roles import Argument, ByRole, Given, Roles
+from .roles import Argument, ByRole, Given, Roles, followed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +178,7 @@ LATENT = Kind(
     injections=_inject,
     trial=_trial,
     bench=_bench,
+    follows=followed,
     dense=True,
 )
 """How moepatch patches attention with latents."""

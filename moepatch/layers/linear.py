@@ -64,6 +64,7 @@ class LinearState:
 class PatchedLinear(Patched):
     """Computes ``linear(x [..., K]) -> [..., N]`` with a backend, in autocast's dtype where autocast is on."""
 
+    reads_shapes = False
     _moepatch: LinearState
 
     def forward(self, input):

@@ -135,6 +135,12 @@ class Roles:
         return None if first is None else first.of(module, given)
 
 
+def followed(spec: Any) -> frozenset[str]:
+    """Attributes and config values that are read at each call for an argument of the attention function or of the cache."""
+    arguments = (*vars(spec).get("arguments", ()), *(argument for _, arguments in spec.roles.updates for argument in arguments))
+    return frozenset(argument.value for argument in arguments if argument.source.endswith(("attribute", "config")))
+
+
 class ByRole(Patched):
     """Base of mixins whose `_moepatch.spec.roles` say what each argument of the forward is."""
 

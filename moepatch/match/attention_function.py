@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import textwrap
 import weakref
 from collections import Counter
@@ -26,11 +27,12 @@ from ..layers.attention import PREFIX
 from ..layers.attention.function import attention_function
 from ..layers.attention.sight import Look, LookingAttention, LookingModel, Sight
 from ..layers.attention.spec import AttentionSpec, AttentionUse
-from ..layers.attention_block import attention_functions
+from ..layers.attention_block import EAGER, attention_functions
 from ..registry import register_matcher
 from ..scan import Found, Scan
 from ..site import Site
 from ..surgery import original_class
+from ..watch import Watch, watch_functions
 
 #: What moepatch's functions act on, though not under this name: windows are in the masks, keys are packed as queries are.
 _SAID_OTHERWISE = frozenset("sliding_window cu_seq_lens_k max_length_k".split())
@@ -71,6 +73,7 @@ def looks(model: nn.Module) -> Iterator[Look]:
     scan = Scan(model)
     groups = [(g, vars(g.owner)["_moepatch_sight"].own) for g in _groups(scan) if "_moepatch_sight" in vars(g.owner)]
     for group, choice in groups:
+        choice.watch = _watched(group, choice.found)
         for member in group.members:
             yield Look(member, LookingAttention, Sight(choice))
     around = {id(group.owner): scan.above(scan.of(group.owner)) | {id(group.owner)} for group, _ in groups}
@@ -80,6 +83,14 @@ def looks(model: nn.Module) -> Iterator[Look]:
         if seen:
             own = next((choice for choice in seen if choice.config is outer.config), None)
             yield Look(outer, LookingModel, Sight(own, tuple(choice for choice in seen if choice is not own)))
+
+
+def _watched(group: _Group, name: str | None) -> Watch:
+    """What the attention function was that these modules would call."""
+    forwards = [inspect.unwrap(cls.forward) for cls in dict.fromkeys(map(original_class, group.members))]
+    registry, _ = attention_functions(original_class(group.members[0]))
+    files = {sys.modules[f.__globals__["__name__"]] for f in forwards}
+    return watch_functions(registry, name, [(file, EAGER, vars(file)[EAGER]) for file in files])
 
 
 @dataclass(frozen=True, eq=False)

@@ -248,4 +248,6 @@ def _split(model: nn.Module, site: Site, meshes: Meshes, dispatch: Dispatch, jou
     )
     journal.do(ShardExperts(module, whole.spec.layout.parameter_names(), meshes.ep))
     journal.do(ReplaceState(module, PatchedShardedExperts, state))
+    if module._moepatch_watch is not None:
+        vars(module)["_moepatch_watch"] = module._moepatch_watch.without_choice()
     return module

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dispatch.base import Dispatcher
 from ..errors import MoePatchError
-from ..experts.module import ExpertsState, PatchedExperts
+from ..experts.module import ExpertsState, PatchedExperts, cannot_follow
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,14 @@ class PatchedShardedExperts(PatchedExperts):
             f"{type(self).__name__}: torch.func transforms and torch.jit.trace cannot look through experts that are spread over {self._moepatch.ranks} ranks. "
             "Call moepatch.restore(model) first, or use them on a model that was optimized without a mesh."
         )
+
+    def leave_to_family(self) -> None:
+        """Raises: a family's code needs all experts, and this rank has its share.
+
+        Raises:
+            MoePatchError: always.
+        """
+        raise MoePatchError(cannot_follow(self, f"this rank has {self._moepatch.spec.num_experts} of {self._moepatch.num_experts} experts"))
 
     def _through_experts(self, x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, rows: int | None = None, ranks: int = 1) -> Tensor:
         state = self._moepatch

@@ -21,7 +21,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...surgery import InjectClass, Patched, is_traced
+from ...watch import Change, Watch, marked
 from . import name_of
+
+#: How transformers' configurations keep which function computes attention.
+ATTENTION_CHOICE = "_attn_implementation_internal"
 
 
 @dataclass(eq=False)
@@ -30,19 +34,45 @@ class Choice:
 
     Attributes:
         config: the configuration.
-        found: the name in it at the time of the patch.
+        found: the name in it at the time of the patch: this very string, for one that is set later is the user's choice, be it equal.
         backend: which of moepatch's functions takes that one's place.
         stands: not any more once the user has chosen a function, be it the same.
+        watch: of the function that the name stands for; None while it is not known.
     """
 
     config: PreTrainedConfig
     found: str | None
     backend: str
     stands: bool = True
+    watch: Watch | None = None
+
+    def __post_init__(self):
+        self._mark()
 
     def name(self, now: str | None) -> str | None:
         """What a configuration that says `now` is seen to say."""
-        return name_of(self.backend) if self.stands and now == self.found else now
+        return name_of(self.backend) if self.stands and now is self.found and not self._replaced() else now
+
+    def changes(self) -> tuple[Change, ...]:
+        """What of the function that the name stood for is another one: as long as there is something, that function computes."""
+        return () if self.watch is None else self.watch.changes(self)
+
+    def _replaced(self) -> bool:
+        watch = self.watch
+        return watch is not None and (watch.changed_in_graph(self) if torch.compiler.is_compiling() else watch.changed(self))
+
+    def _mark(self) -> None:
+        kept = vars(self.config)
+        if self.found is not None and kept.get(ATTENTION_CHOICE) == self.found:
+            self.found = kept[ATTENTION_CHOICE] = marked(kept[ATTENTION_CHOICE])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "stands": self.stands and vars(self.config).get(ATTENTION_CHOICE) is self.found}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.stands:
+            self._mark()
 
 
 @dataclass(eq=False)
@@ -143,6 +173,7 @@ _looking = _Looking()
 class Looker(Patched):
     """A module that sees a view of its configuration while its forward runs, or that of a model around it."""
 
+    stands_aside = False
     _moepatch_sight: Sight
 
     @property

@@ -35,6 +35,7 @@ class LossState:
 class PatchedHead(Patched):
     """A head whose logits wait until somebody wants them, while a loss is being computed. Else the head that it was."""
 
+    reads_shapes = False
     _moepatch: LossState
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ...surgery import is_bare
 from ...trial import Call
 from ..roles import Given
 
@@ -24,7 +25,7 @@ def whole_sequences(mixer: nn.Module, conv: nn.Module, given: Given) -> bool:
     roles = given.roles
     if given.cache is not None and given.cache.has_previous_state(roles.layer(mixer, given)):
         return False
-    if "_hf_hook" in conv.__dict__ or torch.compiler.is_exporting():
+    if not isinstance(conv, nn.Conv1d) or not is_bare(conv) or torch.compiler.is_exporting():
         return False
     known = (roles.tokens, roles.mask, roles.cache)
     if any(value is not None and value is not roles.default(name) for name, value in given.named.items() if name not in known):

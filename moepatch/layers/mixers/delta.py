@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ...kernels.conv import reference_conv
 from ...kind import Kind
 from ...registry import compute
-from ..roles import ByRole, Given, Roles
+from ..roles import ByRole, Given, Roles, followed
 from .calls import bench_call, masked, short_trial_call, whole_sequences
 from .delta_scan import reference_delta_scan
 
@@ -178,4 +178,4 @@ def _inject(spec, backend, implementation):
     return {"": (PatchedDelta, DeltaState(spec, backend))}
 
 
-DELTA_MIXER = Kind(name="delta_mixer", pattern="delta", backends="delta", injections=_inject, trial=short_trial_call, bench=bench_call, most_tokens=1000, dense=True)
+DELTA_MIXER = Kind(name="delta_mixer", pattern="delta", backends="delta", injections=_inject, trial=short_trial_call, bench=bench_call, most_tokens=1000, follows=followed, dense=True)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kind import Kind
 from ...registry import compute
-from ..roles import ByRole, Given, Roles
+from ...surgery import is_bare
+from ..roles import ByRole, Given, Roles, followed
 from .calls import bench_call, masked, trial_call, whole_sequences
 
 
@@ -81,8 +82,8 @@ class PatchedSelective(ByRole):
 
     def computed(self, given: Given):
         """See the class."""
-        # A quantized projection may only be called, and this one's weight is needed.
-        if not whole_sequences(self, self.conv1d, given) or not self.dt_proj.weight.is_floating_point():
+        # A projection that is more than a linear layer (quantized, adapted, hooked) may only be called, and this one's weight is needed.
+        if not whole_sequences(self, self.conv1d, given) or type(self.dt_proj) is not nn.Linear or not is_bare(self.dt_proj):
             return self.as_the_family(given)
         hidden_states, cache, attention_mask = given.tokens, given.cache, given.mask
         spec, backend = self._moepatch.spec, compute("selective", self._moepatch.backend)
@@ -105,5 +106,5 @@ def _inject(spec, backend, implementation):
 
 
 SELECTIVE_MIXER = Kind(
-    name="selective_mixer", pattern="selective", backends="selective", injections=_inject, trial=trial_call, bench=bench_call, most_tokens=1000, dense=True
+    name="selective_mixer", pattern="selective", backends="selective", injections=_inject, trial=trial_call, bench=bench_call, most_tokens=1000, follows=followed, dense=True
 )

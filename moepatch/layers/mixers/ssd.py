@@ -16,7 +16,7 @@ from torch import Tensor
 from ...kernels.conv import reference_conv
 from ...kind import Kind
 from ...registry import compute
-from ..roles import ByRole, Given, Roles
+from ..roles import ByRole, Given, Roles, followed
 from .calls import bench_call, masked, trial_call, whole_sequences
 from .ssd_scan import reference_scan
 
@@ -153,4 +153,4 @@ def _inject(spec, backend, implementation):
     return {"": (PatchedSSD, SSDState(spec, backend))}
 
 
-SSD_MIXER = Kind(name="ssd_mixer", pattern="ssd", backends="ssd", injections=_inject, trial=trial_call, bench=bench_call, dense=True)
+SSD_MIXER = Kind(name="ssd_mixer", pattern="ssd", backends="ssd", injections=_inject, trial=trial_call, bench=bench_call, follows=followed, dense=True)
