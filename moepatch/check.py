@@ -23,7 +23,7 @@ from .parallel.mesh import why_not_mesh
 from .planning import Plan
 from .quantized import kept
 from .scan import Scan, outermost_pretrained
-from .surgery import Patched
+from .surgery import Patched, is_shadowed
 
 
 def check_model(model: object, mesh: DeviceMesh | None = None) -> None:
@@ -202,7 +202,7 @@ def _shadowed(model: nn.Module, plan: Plan) -> Iterator[Problem]:
         for site in pattern.sites:
             for name in KINDS[site.kind].injections(site.spec, "", None):
                 fqn = ".".join(filter(None, (site.fqn, name)))
-                if "forward" in vars(model.get_submodule(fqn)):
+                if is_shadowed(model.get_submodule(fqn)):
                     text = "something has replaced its forward on the instance, and would go on hiding the patched one."
                     yield Problem("wrapped", fqn, text, "Undo that first (Liger instance patches, expert parallelism of transformers, accelerate hooks).")
 

@@ -16,7 +16,7 @@ from .errors import Problem
 from .layers.loss.module import PatchedHead
 from .parallel.fsdp1 import frees_inside
 from .parallel.fsdp2 import Unit
-from .surgery import Patched, is_bare, original_class
+from .surgery import Patched, is_bare, is_shadowed, original_class
 
 #: By attribute of a parameter: what has happened to it, and what to do instead.
 _MARKS = {
@@ -58,7 +58,7 @@ def _why(module: nn.Module, tensor: Tensor) -> tuple[str, str] | None:
 
 def shadowed(model: nn.Module) -> str | None:
     """The name of a patched module whose forward somebody has replaced on the instance since, around the patched one; None if there is none."""
-    return next((name or "the model" for name, m in model.named_modules() if isinstance(m, Patched) and "forward" in vars(m)), None)
+    return next((name or "the model" for name, m in model.named_modules() if isinstance(m, Patched) and is_shadowed(m)), None)
 
 
 def called(model: nn.Module) -> list[str]:
@@ -90,7 +90,7 @@ def _by(child: nn.Module) -> str | None:
     if is_bare(child):
         return None
     hooks = [h for table in (child._forward_pre_hooks, child._forward_hooks, child._backward_hooks, child._backward_pre_hooks) for h in table.values()]
-    return _package(hooks[0]) if hooks else _package(vars(child)["forward"]) if "forward" in vars(child) else "hooks for all modules"
+    return _package(hooks[0]) if hooks else _package(vars(child)["forward"]) if is_shadowed(child) else "hooks for all modules"
 
 
 def _package(function: Any) -> str:

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -223,7 +224,21 @@ def is_bare(module: nn.Module) -> bool:
     if _has_any_global_hook():
         return False
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooked and "forward" not in module.__dict__ and is_as_patched(module)
+    return not hooked and not is_shadowed(module) and is_as_patched(module)
+
+
+def is_shadowed(module: nn.Module) -> bool:
+    """Whether an instance's own ``forward`` hides that of its class. accelerate leaves the class's own there when it takes its hooks away."""
+    if "forward" not in module.__dict__:
+        return False
+    forward = module.__dict__["forward"]
+    return not (isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward)
+
+
+def _forget_own_forward(module: nn.Module) -> None:
+    """Takes a ``forward`` from an instance that is its class's own, before the class becomes another."""
+    if not is_shadowed(module):
+        module.__dict__.pop("forward", None)
 
 
 def is_as_patched(module: nn.Module) -> bool:
@@ -294,6 +309,7 @@ class InjectClass:
             return
         self.before = vars(self.module).get("_moepatch")
         cls = patched_class(self.mixin, type(self.module))
+        _forget_own_forward(self.module)
         if self.state is not None:
             self.module._moepatch = self.state
         self.module.__class__ = cls
@@ -302,6 +318,7 @@ class InjectClass:
         """Puts the class back. Parameters, buffers, hooks and flags were never touched."""
         if self.needless:
             return
+        _forget_own_forward(self.module)
         if isinstance(self.module, self.mixin):  # a class has a mixin once
             self.module.__class__ = _unpatched(type(self.module))
         if self.before is None:
