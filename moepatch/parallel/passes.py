@@ -21,7 +21,8 @@ from .fsdp2 import Root, Unit
 from .late import Late
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether a backward pass is under way, so that a forward is one of activation checkpointing."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -86,7 +87,7 @@ class Passes:
 
     @torch._disable_dynamo
     def _begin(self, module: nn.Module, args: tuple) -> None:
-        if _in_backward():
+        if in_backward():
             self.running = True
             return
         root = self.prepare()
@@ -115,7 +116,7 @@ class Passes:
     @torch._disable_dynamo
     def _end(self, module: nn.Module, args: tuple, output: object) -> None:
         self.running = False
-        if _in_backward():
+        if in_backward():
             return
         for member in self.members:
             member.close()
@@ -226,7 +227,7 @@ class Together:
 
     def _recomputes(self) -> bool:
         """Whether a backward pass has come to these layers and needs their forward again. FSDP2 has nothing to begin or end then."""
-        return self.units[0].in_backward and _in_backward()
+        return self.units[0].in_backward and in_backward()
 
     def _part_without_gradients(self) -> None:
         # So that who asks for ``parameters()`` after a pass without gradients gets what the optimizer steps.
@@ -278,12 +279,12 @@ class Throughout:
 
     @torch._disable_dynamo
     def _before(self, module: nn.Module, args: tuple) -> None:
-        if not self.passes.running and not _in_backward():
+        if not self.passes.running and not in_backward():
             self.passes.prepare()
             self.unit.begin_anew(forget=True)
         self.unit.gather()
 
     @torch._disable_dynamo
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if torch.is_grad_enabled() or not (self.passes.running or _in_backward()):
+        if torch.is_grad_enabled() or not (self.passes.running or in_backward()):
             self.end(output)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .fsdp2 import Unit
-from .passes import Passes
+from .passes import Passes, in_backward
 
 
 class Lent(dict):
@@ -33,7 +33,7 @@ class Lent(dict):
         parameter = _get(self, name)
         if type(parameter) is DTensor:
             if not self.passes.running:
-                self.passes.looked_at = True  # perhaps by somebody who is about to put an adapter around it
+                self.passes.looked_at |= not in_backward()  # perhaps by somebody who is about to put an adapter around it
             elif name in self.units:
                 self.passes.lend(self.units[name])
                 return _get(self, name)
