@@ -53,7 +53,8 @@ class Quantization:
             said = part.get("quantization_config") if isinstance(part, Mapping) else None
             if said:
                 settings = said if isinstance(said, Mapping) else said.to_dict()
-                method = settings.get("quant_method", "unnamed method")
+                by_switch = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # as bitsandbytes' first configurations
+                method = settings.get("quant_method", "bitsandbytes" if by_switch else "unnamed method")
                 if settings.get("dequantize") is True and not always:
                     return None
                 return cls(str(method.value if isinstance(method, Enum) else method), settings)
@@ -108,7 +109,7 @@ class Quantization:
         """Puts `Packed` in the place of what transformers will quantize of a model on the meta device."""
         if not self.is_known:
             return
-        listed = next((self.settings[name] for name in _SKIPPED if self.settings.get(name) is not None), None)
+        listed = next((self.settings[name] for name in _SKIPPED if isinstance(self.settings.get(name), (list, tuple))), None)
         patterns = [p.removeprefix("re:") for p in HfQuantizer.get_modules_to_not_convert(model, listed, model._keep_in_fp32_modules)]
         for name, module in model.named_modules():
             if not should_convert_module(name, patterns):
