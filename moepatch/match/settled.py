@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..trial import Call
-from .witness import Objection, Witness, called_by, functions_of
+from .functions import called_by, functions_of
+from .witness import Objection, Witness
 
 _KEPT = 256
 _VERDICTS: OrderedDict[tuple, Objection | None] = OrderedDict()
