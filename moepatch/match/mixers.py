@@ -160,6 +160,21 @@ def _roles(module: nn.Module, spec: Any, sizes: dict[int, int]) -> Roles | str:
     return replace(roles, mask=masks[0] if masks else None, cache=caches[0].moepatch_name, updates=updates)
 
 
+def _masks() -> dict[str, Tensor]:
+    """Padding before, behind and between tokens, of one sequence or both, none at all, and nothing but padding; in words."""
+    ones = torch.ones(_BATCH, _SEQUENCE, dtype=torch.float32)
+    places = torch.arange(_SEQUENCE)
+    masks = {
+        "with padding before one sequence": _mask(),
+        "with padding behind one sequence": ones * torch.stack([places < _SEQUENCE, places < 4]),
+        "with padding before both sequences": ones * torch.stack([places >= 1, places >= 3]),
+        "with padding between tokens": ones * torch.stack([places % 2 == 0, places != 3]),
+        "with a mask that hides nothing": ones,
+        "with a sequence of nothing but padding": ones * torch.tensor([[0.0], [1.0]]),
+    }
+    return masks | {"with a mask of whole numbers": masks["with padding behind one sequence"].long()}
+
+
 def _mask() -> Tensor:
     """One sequence has padding before it."""
     mask = torch.ones(_BATCH, _SEQUENCE, dtype=torch.float32)
@@ -174,16 +189,21 @@ def _other_misfit(module: nn.Module, kind: str, spec: Any, sizes: dict[int, int]
     twin = replica(original, {}, lambda tensor, shape: tensor.detach().clone())
     trial.inject(twin, KINDS[kind].injections(spec.resized(sizes), "reference", None))
     x = torch.randn(_BATCH, _SEQUENCE, spec.resized(sizes).hidden, generator=generator, dtype=torch.float32)
-    masked = {} if spec.roles.mask is None else {spec.roles.mask: _mask()}
+    masks = {"": {}} if spec.roles.mask is None else {what: {spec.roles.mask: mask} for what, mask in _masks().items()}
     records = []
     try:
         for copy, forward in ((original, trial.eager_forward(original)), (twin, type(twin).forward)):
-            cache = _Cache()
             with torch.no_grad(), trial.torch_formulas(copy, forward) as forward:
-                records.append([forward(copy, x, **masked), forward(copy, x, **masked, **{spec.roles.cache: cache}), cache.given])
+                records.append([])
+                for (what, masked), training in itertools.product(masks.items(), (False, True)):
+                    copy.train(training)
+                    cache, where = _Cache(), f"{what} in {'training' if training else 'evaluation'}".lstrip()
+                    records[-1].append((where, forward(copy, x, **masked)))
+                    records[-1].append((f"{where} with a cache", forward(copy, x, **masked, **{spec.roles.cache: cache})))
+                    records[-1].append((f"in what it gives the cache {where}", cache.given))
     except Exception as error:  # a family may ask more of a cache
         return f"a scale model of it cannot be run ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-    return next((f"it differs {what}" for what, a, b in zip(("with a mask", "with a cache", "in what it gives the cache"), *records) if not same(a, b)), None)
+    return next((f"it differs {what}" for (what, a), (_, b) in zip(*records, strict=True) if not same(a, b)), None)
 
 
 def _is_mixer(module: nn.Module, own: set[str], children: set[str]) -> bool:

@@ -14,7 +14,7 @@ from ..replica import size_map
 from ..scan import Found, Scan
 from ..site import Refusal, Site
 from .experts import make_site, refusal, takes
-from .probe import fingerprint, misfit
+from .probe import fingerprint, misfit, misfit_of_all
 
 
 @register_matcher("parallel_linear", priority=80)
@@ -41,7 +41,10 @@ def _read(module: nn.Module, name: str, shape: tuple[int, int, int]) -> Parallel
     for ops, counts in itertools.product(((), (Transpose(),)), ("list", "tensor")):
         experts, wide, narrow = shape if not ops else (shape[0], shape[2], shape[1])
         spec = ParallelLinearSpec(num_experts=experts, in_features=narrow, out_features=wide, weight=Weight((name,), ops), counts=counts)
-        reason = misfit(module, "parallel_linear", spec, size_map(num_experts=experts, hidden=narrow, intermediate=wide))
+        sizes, whole = (size_map(num_experts=experts, hidden=narrow, intermediate=wide, **more) for more in ({}, {"experts": experts}))
+        reason = misfit(module, "parallel_linear", spec, sizes)
+        if reason is None and sizes != whole:
+            reason = misfit_of_all(module, "parallel_linear", spec, whole)
         if reason is None:
             return spec
         misfits.append(reason)

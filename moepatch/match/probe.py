@@ -22,6 +22,8 @@ from ..replica import random_fill, replica
 from .settled import settled
 from .witness import Objection, Witness, regimes, words_of
 
+#: Tokens of a call with all experts.
+_MANY = 1000
 #: Numbers of a tensor that are compared one by one.
 _FEW = 4096
 #: Where a limit shows that no attribute tells.
@@ -55,12 +57,16 @@ def misfit_of_all(module: nn.Module, kind: str, spec, sizes: dict[int, int]) -> 
     """As `misfit` for a module of which a smaller one has been compared: only calls that are its kind's own, without gradients."""
     generator = torch.Generator().manual_seed(0)
     witness, scaled = replace(_witness(module, KINDS[kind], spec, sizes, generator), theirs=None, ours=None), spec.resized(sizes)
+    calls = list(KINDS[kind].regimes(scaled, torch.float32, torch.device("cpu"), generator))
+    # The more tokens the more experts have some, up to what costs too much.
+    counts = [call.leaves()[0].numel() // call.leaves()[0].shape[-1] for _, call in calls]
+    most = sorted((i for i, count in enumerate(counts) if count <= _MANY), key=lambda i: -counts[i])[:3]
     with torch.random.fork_rng(devices=[]):
-        for what, call in itertools.islice(KINDS[kind].regimes(scaled, torch.float32, torch.device("cpu"), generator), 3):
+        for what, call in (calls[i] for i in most):
             for training in (False, True):
                 reason = witness.unlike(call, training)
                 if reason is not None:
-                    return Objection(f"{what} of {spec.num_experts} in {'training' if training else 'evaluation'} {reason}")
+                    return Objection(f"{what} of {KINDS[kind].computes(spec).num_experts} in {'training' if training else 'evaluation'} {reason}")
     return None
 
 

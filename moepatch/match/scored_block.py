@@ -14,7 +14,7 @@ from ..scan import Found, Scan
 from ..site import Refusal, Site
 from .experts import guessed, make_site, refusal, takes
 from .near import in_the_way
-from .probe import fingerprint, misfit
+from .probe import fingerprint, misfit, misfit_of_all
 from .witness import Objection
 
 
@@ -46,7 +46,10 @@ def _read(block: nn.Module, experts: nn.Module) -> ScoredBlockSpec | str:
             scaled = replace(spec, scale_input=True)
             scored = ScoredBlockSpec(experts=scaled, top_k=top_k, router_name=router, experts_name=name, shared_name=shared)
             sizes = size_map(num_experts=spec.num_experts, hidden=spec.hidden, intermediate=spec.intermediate, experts=max(6, top_k + 1))
+            narrow = size_map(num_experts=spec.num_experts, hidden=spec.hidden, intermediate=spec.intermediate, experts=spec.num_experts)
             misfitting = misfit(block, "scored_block", scored, sizes)
+            if misfitting is None and sizes != narrow:
+                misfitting = misfit_of_all(block, "scored_block", scored, narrow)
             if misfitting is None:
                 return scored
             # The reading that computes the same of ordinary numbers has most to say.

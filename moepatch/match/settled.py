@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..trial import Call
-from .witness import Objection, Witness, called_by, functions_of
+from .functions import called_by, functions_of
+from .witness import Objection, Witness
 
 _KEPT = 512
 #: By what is equal, what was asked of the configs, with the answers, and the verdict.

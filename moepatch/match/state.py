@@ -10,22 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .functions import kept_outside
+
 #: Not state: what nn.Module keeps for itself, and what trials write down.
 _OWN = frozenset(("_parameters", "_buffers", "_modules", "training"))
 _PLAIN = (bool, int, float, str, bytes, type(None))
 #: What is looked at in an object that is neither a module nor a container.
 _KEPT = (*_PLAIN, Tensor, list, dict, set, deque)
+#: What has more items is none that a forward counts with.
+_MOST_ITEMS = 1000
 _RANDOM, _RANDOM_TOO = "torch's random state", "Python's random state"
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
-    """Every attribute, parameter and buffer of a module and its children by name, and the states of random numbers."""
+    """Every attribute, parameter and buffer of a module and its children by name, what their functions keep elsewhere, and the states of random
+    numbers."""
     found: dict[str, Any] = {_RANDOM: torch.get_rng_state(), _RANDOM_TOO: hash(random.getstate())}
     for name, part in module.named_modules():
         prefix = f"{name}." if name else ""
         for key, value in vars(part).items():
             if key not in _OWN and "_hooks" not in key and not key.startswith("_moepatch"):
                 found[prefix + key] = _frozen(value, ())
+        found |= {key: _outside(value) for key, value in kept_outside(part)}
         found |= {prefix + key: _frozen(tensor, ()) for tensors in (part._parameters, part._buffers) for key, tensor in tensors.items()}
     return found
 
@@ -58,6 +64,13 @@ def same(a: Any, b: Any, close: bool = False) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(same(x, y, close) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and (a == b or a != a and b != b)
+
+
+def _outside(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (id(value), value._version) if value.numel() > _MOST_ITEMS else _frozen(value, ())
+    large = isinstance(value, (list, dict, set, deque)) and len(value) > _MOST_ITEMS
+    return (id(value), len(value)) if large else _frozen(value, ())
 
 
 def _frozen(value: Any, above: tuple[int, ...]) -> Any:

@@ -12,12 +12,11 @@ them there, too.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .. import trial
 from ..kind import Kind
-from ..surgery import original_class
 from ..trial import Call
 from .circumstances import branch_objection, graded_objection, in_dtype
+from .functions import numbers_in, reached_from
 from .recorder import Key, Recorder, Sides, is_step
 from .state import changes, state_of, unlike
 
@@ -43,6 +42,9 @@ _MOST_NUMBERS = 2**20
 _MOST_WORK = 2**32
 #: By which inputs and weights are multiplied, one at a time, in search of the other side of a threshold.
 _REACH = (10.0, -1.0, 1e-2, 1e3, 1e-5, 1e5, 0.0, 1e-9, -1e3)
+#: The same in search of what a smooth function cuts off.
+_LARGE = (1e3, 1e5)
+_BENDS = frozenset("atan erf erfc log_sigmoid_forward mish sigmoid softplus tanh".split())
 #: Two runs in fp64 that differ by more than this compute different things.
 _FP64_LIMIT = 1e-9
 
@@ -87,8 +89,19 @@ class Witness:
         pair = (self.original, self.forward), (self.twin, type(self.twin).forward)
         with torch.inference_mode():
             reason = self.unlike(call, False)
-        reason = f"in inference mode {reason}" if reason is not None else graded_objection(*pair, call, words_of) or branch_objection(*pair[0], call)
+        reason = f"in inference mode {reason}" if reason is not None else self._saturated(call) or graded_objection(*pair, call, words_of) or branch_objection(*pair[0], call)
         return None if reason is None else Objection(reason)
+
+    def _saturated(self, call: Call) -> str | None:
+        """What is different with large weights and inputs, if the family's code alone has a function that bends them only then."""
+        bends = [_bends(module, forward, call) for module, forward in ((self.original, self.forward), (self.twin, type(self.twin).forward))]
+        more = sorted(op for op, count in bends[0].items() if count > bends[1][op])
+        for what, changed in self._reaches(call, _LARGE) if more else ():
+            with changed as scaled:
+                reason = self.unlike(scaled, True)
+            if reason is not None:
+                return f"{what} {reason} (its forward alone has aten.{more[0]})"
+        return None
 
     def _likely(self) -> str:
         """The thresholds that only the family's code has, in words."""
@@ -156,10 +169,10 @@ class Witness:
         """The family's thresholds that were seen from one side only, and that the twin does not have at the same place."""
         return [(key, sides) for key, sides in self.theirs.items() if (is_step(key) or not sides.both) and not _is_same(sides, self.ours.get(key))]
 
-    def _reaches(self, call: Call) -> Iterator[tuple[str, Any]]:
+    def _reaches(self, call: Call, factors: tuple[float, ...] = _REACH) -> Iterator[tuple[str, Any]]:
         """Calls with one input or one weight multiplied, and words for it."""
         parameters = [name for name, p in self.original.named_parameters() if p.is_floating_point()]
-        for factor in _REACH:
+        for factor in factors:
             for i in range(len(call.leaves())):
                 yield f"with input {i} × {factor:g}", _Scaled(self, call, i, None, factor)
             for name in parameters:
@@ -217,6 +230,20 @@ def repeated(call: Call, sequences: int) -> Call:
     return Call(args, kwargs, call.constants)
 
 
+def one_sequence(call: Call, tokens: int) -> Call:
+    """The call with one sequence of another length, every token a little different."""
+    (batch, length), generator = call.leaves()[0].shape[:2], torch.Generator().manual_seed(0)
+
+    def other(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.shape[:2] != (batch, length):
+            return leaf
+        leaf = leaf[:1].index_select(1, torch.arange(tokens) % length)
+        return leaf * (1 + 0.1 * torch.randn(leaf.shape, generator=generator, dtype=torch.float32)) if leaf.is_floating_point() else leaf
+
+    args, kwargs = tree_map(other, (call.args, dict(call.kwargs)))
+    return Call(args, kwargs, call.constants)
+
+
 def strided(call: Call) -> Call:
     """The call with the numbers of the first floating input in another order in memory."""
     target = call.leaves()[0]
@@ -236,6 +263,11 @@ def regimes(kind: Kind, spec: Any, call: Call, module: nn.Module, generator: tor
         yield "with an input that is laid out otherwise", strided(call), False
     if call.leaves() and call.leaves()[0].ndim > 2:
         yield "with 5 sequences", repeated(call, 5), True
+    if call.leaves() and call.leaves()[0].ndim > 2:
+        per_token = max(1, max(leaf.numel() for leaf in call.leaves()) // math.prod(call.leaves()[0].shape[:-1]))
+        for tokens in counts_of_tokens(module, min(kind.most_tokens, _MOST_NUMBERS // per_token)):
+            if tokens not in _TOKENS:
+                yield f"with one sequence of {tokens} tokens", one_sequence(call, tokens), False
     if kind.bench is not None:
         per_token = max(leaf.numel() for leaf in kind.bench(spec, torch.float32, device, generator, 2).leaves()) // 2
         counts = counts_of_tokens(module, min(kind.most_tokens, _MOST_NUMBERS // per_token))
@@ -251,37 +283,9 @@ def counts_of_tokens(module: nn.Module, most: int) -> list[int]:
     for part in module.modules():
         # Smaller attributes are widths, as a rule, and the usual counts of tokens lie around them.
         found |= {value for value in vars(part).values() if type(value) is int and value > _TOKENS[-2]}
-        functions = [called for function in functions_of(part) for called in (function, *called_by(function))]
-        found |= {number for function in functions for number in _constants(function.__code__) if number > _LEAST}
+        found |= {number for function in reached_from(part) for number in numbers_in(function) if number > _LEAST}
     large = sorted(number for number in found if number < most)
     return sorted({tokens for tokens in _TOKENS if tokens <= most} | {n for number in large[:8] for n in (number, number + 1)})
-
-
-def functions_of(module: nn.Module) -> Iterator[FunctionType]:
-    """The functions of a module's own classes, above those of torch."""
-    for cls in original_class(module).__mro__:
-        if cls is nn.Module:
-            break
-        if not cls.__module__.startswith("torch."):
-            yield from (value for value in map(_unwrapped, vars(cls).values()) if isinstance(value, FunctionType))
-
-
-def called_by(function: FunctionType) -> Iterator[FunctionType]:
-    """The functions of its module that a function names."""
-    named = (function.__globals__.get(name) for name in function.__code__.co_names)
-    yield from (value for value in named if isinstance(value, FunctionType))
-
-
-def _unwrapped(value: Any) -> Any:
-    return inspect.unwrap(value) if isinstance(value, FunctionType) else value
-
-
-def _constants(code: CodeType) -> Iterator[int]:
-    for value in code.co_consts:
-        if isinstance(value, CodeType):
-            yield from _constants(value)
-        elif type(value) is int:
-            yield value
 
 
 @dataclass
@@ -305,6 +309,19 @@ def _called(module: nn.Module, forward: Callable[..., Any], call: Call, sites: d
     given = [leaf for leaf in tree_flatten((call.args, dict(call.kwargs)))[0] if isinstance(leaf, Tensor)]
     written = {f"input {i}": now for i, (was, now) in enumerate(zip(given, inputs, strict=True)) if not torch.equal(was, now)}
     return _Outcome(trial.form_of(returned), {**trial.returned_tensors(returned), **written}, changes(before, state_of(module)))
+
+
+def _bends(module: nn.Module, forward: Callable[..., Any], call: Call) -> Counter[str]:
+    """How often a call has each of the functions that go flat somewhere; none if it cannot be run."""
+    recorder = Recorder(traced=True)
+    args, kwargs = tree_map(_copied, (call.args, dict(call.kwargs)))
+    try:
+        with torch.no_grad(), trial.torch_formulas(module, forward) as run, recorder:
+            run(module.train(), *args, **kwargs)
+    except Exception:  # not every family takes every call
+        return Counter()
+    names = (func._schema.name.removeprefix("aten::").rstrip("_") for func, *_ in recorder.trace)
+    return Counter(name for name in names if name in _BENDS)
 
 
 def _copied(leaf: Any) -> Any:
