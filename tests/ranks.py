@@ -27,18 +27,24 @@ _IDLE = 8
 _LONGEST = 1200
 
 
-def on_ranks(world: int, function, *args, stuck_after: str | None = None) -> list:
+def apart(function, *args):
+    """What a function returns in a process of its own, which has imported what takes long, and has no process group yet."""
+    return on_ranks(1, function, *args, grouped=False)[0]
+
+
+def on_ranks(world: int, function, *args, stuck_after: str | None = None, grouped: bool = True) -> list:
     """Calls ``function(*args)`` on every rank of a gloo group and returns what each returned.
 
     Args:
         stuck_after: for functions that are expected to hang: once all ranks have printed this, they are taken to hang when the main thread of
             none has used the processor for a while, however slow the machine is.
+        grouped: False: without the group.
 
     Raises:
         RankError: a rank raised, died, or hung; then all are killed, with their stacks in the message.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = [_context.Process(target=_rank, args=(rank, world, folder, function, args), daemon=True) for rank in range(world)]
+        processes = [_context.Process(target=_rank, args=(rank, world, folder, function, args, grouped), daemon=True) for rank in range(world)]
         for process in processes:
             process.start()
         _wait(processes, lambda: stuck_after is not None and all(stuck_after in _log(folder, rank) for rank in range(world)))
@@ -89,7 +95,7 @@ def _log(folder: str, rank: int) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _rank(rank: int, world: int, folder: str, function, args) -> None:
+def _rank(rank: int, world: int, folder: str, function, args, grouped: bool) -> None:
     log = open(Path(folder, f"log-{rank}"), "w", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -101,10 +107,12 @@ def _rank(rank: int, world: int, folder: str, function, args) -> None:
     torch.set_num_threads(1)
     os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(world), str(rank)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        if grouped:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
         torch.save(function(*args), Path(folder, f"result-{rank}"))
-        dist.barrier()
-        dist.destroy_process_group()
+        if grouped:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         traceback.print_exc()
         log.flush()

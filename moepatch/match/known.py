@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..stand_in import mentioned, names_in
+from .functions import functions_of
 from .settled import forget_verdicts, identity, value_of
-from .witness import functions_of
 
 _KEPT = 1024
 #: By what is equal: a spec, and what the identities in the key belong to, so that nothing else gets them.

@@ -21,7 +21,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-
 #: Bytes of parameters that layers may have together to be gathered at once: enough for a fast collective and little work for the host, little beside a model.
 BUNDLE_BYTES = 256 * 2**20
 
