@@ -20,6 +20,7 @@ from .dispatch.base import Dispatcher
 from .errors import LeftAlone, MoePatchError, NothingMatched, PlanMismatch
 from .kinds import KINDS
 from .layers.attention.sight import choices
+from .layout.adjacent import Adjacent
 from .match.attention_function import left_alone
 from .measure import agreed, fastest, is_measured
 from .parallel.agree import together
@@ -44,6 +45,12 @@ class _Patch(OnOthers):
     report: Report
     journal: Journal
     mesh: DeviceMesh | None = None
+
+    def copied(self) -> None:
+        """Weights that the copy of the model has apart lie together again."""
+        for step in self.journal.steps if self.mesh is None else ():
+            if isinstance(step, Adjacent):
+                step.copied()
 
 
 @runs_plainly

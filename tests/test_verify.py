@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moepatch
 from moepatch import api, planning, registry, trial
+from moepatch.layers.attention.sight import choices
 from moepatch.match import experts as match_experts
 
 #: A family for each table of backends that serves on the CPU.

@@ -75,14 +75,14 @@ def looks(model: nn.Module) -> Iterator[Look]:
     for group, choice in groups:
         choice.watch = _watched(group, choice.found)
         for member in group.members:
-            yield Look(member, LookingAttention, Sight(choice))
+            yield Look(member, LookingAttention, Sight(member.config, choice))
     around = {id(group.owner): scan.above(scan.of(group.owner)) | {id(group.owner)} for group, _ in groups}
     for found in scan:
         outer = found.module
         seen = [choice for group, choice in groups if id(outer) in around[id(group.owner)]] if isinstance(outer, PreTrainedModel) else []
         if seen:
             own = next((choice for choice in seen if choice.config is outer.config), None)
-            yield Look(outer, LookingModel, Sight(own, tuple(choice for choice in seen if choice is not own)))
+            yield Look(outer, LookingModel, Sight(outer.config, own, tuple(choice for choice in seen if choice is not own)))
 
 
 def _watched(group: _Group, name: str | None) -> Watch:
