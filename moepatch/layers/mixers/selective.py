@@ -105,5 +105,13 @@ def _inject(spec, backend, implementation):
 
 
 SELECTIVE_MIXER = Kind(
-    name="selective_mixer", pattern="selective", backends="selective", injections=_inject, trial=trial_call, bench=bench_call, most_tokens=1000, follows=followed, dense=True
+    name="selective_mixer",
+    pattern="selective",
+    backends="selective",
+    injections=_inject,
+    trial=trial_call,
+    bench=bench_call,
+    most_tokens=1000,
+    follows=followed,
+    dense=True,
 )
