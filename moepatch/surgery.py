@@ -6,8 +6,8 @@ output recorders and shared references go on working, and undoing it is putting 
 
 from __future__ import annotations
 
-import copy
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from torch import nn
 
 from .pickling import reduced
 
-_compiles, _transforms, _traces = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active, torch._C._is_tracing
+#: These two torch.compile knows, too.
+_transforms, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
 class Patched:
@@ -51,16 +52,9 @@ class Patched:
         return ", ".join(part for part in parts if part)
 
     def __copy__(self) -> nn.Module:
-        return self._moepatch_again(dict)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return self._moepatch_again(lambda state: copy.deepcopy(state, memo), memo)
-
-    def _moepatch_again(self, copied: Callable[[dict[str, Any]], dict[str, Any]], memo: dict[int, Any] | None = None) -> nn.Module:
         made = type(self).__new__(type(self))
-        if memo is not None:
-            memo[id(self)] = made  # what it holds may hold it
-        made.__setstate__(copied(self.__getstate__()))
+        # The state of the class underneath: a parametrization over the patch lets no pickle have its own.
+        made.__setstate__(super().__getstate__())
         return made
 
     def __reduce_ex__(self, protocol):
@@ -90,7 +84,7 @@ def _outside_of_tracers(mixin: type, forward: Callable[..., Any]) -> Callable[..
 
     @functools.wraps(forward)
     def outside(self, *args, **kwargs):
-        if not _compiles() and (_transforms() or _traces()):
+        if _transforms() or _tracing_state() is not None:
             return self.traced(super(mixin, self).forward, functools.partial(forward, self), args, kwargs)
         return forward(self, *args, **kwargs)
 
@@ -99,7 +93,7 @@ def _outside_of_tracers(mixin: type, forward: Callable[..., Any]) -> Callable[..
 
 def is_traced() -> bool:
     """Whether a ``torch.func`` transform or ``torch.jit.trace`` is at work on this thread, for which modules run their family's code."""
-    return not _compiles() and (_transforms() or _traces())
+    return _transforms() or _tracing_state() is not None
 
 
 class MadeClasses:
@@ -146,6 +140,10 @@ class _Unnamed(type):
             plain = _unpatched(plain)
         return plain(*args, **kwargs) if plain is not cls else super().__call__(*args, **kwargs)
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        return inspect.signature(original_of(cls))
+
     def __instancecheck__(cls, instance: Any) -> bool:
         return super().__instancecheck__(instance) or ("_moepatch_parts" in vars(cls) and isinstance(instance, _parts(cls)[1]))
 
@@ -168,7 +166,11 @@ def _type_over(kind: type) -> type:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before it was patched, or its class."""
-    cls = type(module)
+    return original_of(type(module))
+
+
+def original_of(cls: type) -> type:
+    """The class underneath all patches of a class, and what was put over them; or the class."""
     while issubclass(cls, Patched):
         cls = cls._moepatch_parts[1]
     return vars(cls).get("_moepatch_stands_for", cls)
