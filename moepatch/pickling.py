@@ -14,6 +14,7 @@ import operator
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def unpacked(data: bytes, shared: list[Any]) -> Any:
 
 
 def reduced(module: nn.Module, parts: tuple[tuple[type, ...], type[nn.Module]]) -> tuple[Any, ...]:
-    """What pickle is told about a patched module: an object of the class underneath, its ordinary state, and what sets it.
+    """What pickle and deepcopy are told about a patched module: an object of the class underneath and its ordinary state, which patches it.
 
     Args:
         module: patched.
@@ -83,24 +84,41 @@ def reduced(module: nn.Module, parts: tuple[tuple[type, ...], type[nn.Module]]) 
     mixins, cls = parts
     state = module.__getstate__()
     ordinary = OrderedDict((key, value) for key, value in state.items() if not key.startswith(OURS))
-    # An attribute beside the items: whoever sets the ordinary state sees the items alone.
-    ordinary.moepatch = packed((mixins, {key: value for key, value in state.items() if key.startswith(OURS)}))
-    return operator.methodcaller("__new__", cls), (cls,), ordinary, None, None, _if_imported("revive", _Result(getattr, cls, "__setstate__"))
+    # An attribute beside the items: whoever sets the state sees the items alone.
+    ordinary.moepatch = _Ours(module, mixins, {key: value for key, value in state.items() if key.startswith(OURS)})
+    return operator.methodcaller("__new__", cls), (cls,), ordinary
 
 
-def revive(module: nn.Module, state: OrderedDict[str, Any]) -> None:
-    """Sets the state of a module that `reduced` has written, and patches it again."""
+@dataclass
+class _Ours:
+    """What is moepatch's of a module. A copy of it patches the copy of the module, which is there by then and has no state yet.
+
+    No ``__deepcopy__`` of modules does it: those that hand on what they are asked for, as peft's do, would answer with that of what they hold.
+    """
+
+    module: nn.Module
+    mixins: tuple[type, ...]
+    state: dict[str, Any]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        revive(memo[id(self.module)], self.mixins, copy.deepcopy(self.state, memo))
+
+    def __reduce__(self):
+        return _if_imported("unpickle", operator.truth), ((self.module, *packed((self.mixins, self.state))),)
+
+
+def unpickle(written: tuple[nn.Module, bytes, list[Any]]) -> None:
+    """Patches a module whose pickle `_Ours` has written."""
+    module, data, shared = written
+    revive(module, *unpacked(data, shared))
+
+
+def revive(module: nn.Module, mixins: tuple[type, ...], state: dict[str, Any]) -> None:
+    """Patches a module again that has no state yet."""
     from .surgery import made_of
 
-    mixins, ours = unpacked(*state.moepatch)
-    cls = made_of((mixins, type(module)))
-    vars(state).clear()
-    module.__setstate__(state)
-    vars(module).update(ours)
-    module.__class__ = cls
-    if module._moepatch_watch is not None:
-        module._moepatch_watch.adopt(module)
-    module.made_again()
+    module.__class__ = made_of((mixins, type(module)))
+    vars(module).update(state)
 
 
 class OnOthers:

@@ -6,8 +6,8 @@ output recorders and shared references go on working, and undoing it is putting 
 
 from __future__ import annotations
 
-import copy
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Collection
@@ -24,7 +24,8 @@ from .pickling import reduced
 from .reads import Reads
 from .watch import Change, Watch, watch
 
-_compiles, _transforms, _traces = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active, torch._C._is_tracing
+#: torch.compile knows them all.
+_compiles, _transforms, _tracing_state = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
 class Patched:
@@ -78,21 +79,19 @@ class Patched:
         """
 
     def __copy__(self) -> nn.Module:
-        return self._moepatch_again(dict)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return self._moepatch_again(lambda state: copy.deepcopy(state, memo), memo)
-
-    def _moepatch_again(self, copied: Callable[[dict[str, Any]], dict[str, Any]], memo: dict[int, Any] | None = None) -> nn.Module:
         made = type(self).__new__(type(self))
-        if memo is not None:
-            memo[id(self)] = made  # what it holds may hold it
-        made.__setstate__(copied(self.__getstate__()))
-        made.made_again()
+        # The state of the class underneath: a parametrization over the patch lets no pickle have its own.
+        super(Patched, made).__setstate__(super().__getstate__())
         return made
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._moepatch_watch is not None:
+            self._moepatch_watch.adopt(self)
+        self.made_again()
+
     def made_again(self) -> None:
-        """Is called of a copy, and of what was unpickled, when it has its state."""
+        """Is called of a deep copy, and of what was unpickled, when it has its state."""
 
     def __reduce_ex__(self, protocol):
         # Where something was put over the patch (``fully_shard``), that one's way of pickling is asked, or its refusal given.
@@ -126,7 +125,7 @@ def _guarded(mixin: type[Patched], forward: Callable[..., Any]) -> Callable[...,
         if watch is not None and mixin.stands_aside and (watch.changed_in_graph(self) if compiling else watch.changed(self)):
             self.leave_to_family()
             return super(Patched, self).forward(*args, **kwargs)
-        if not compiling and (_transforms() or _traces()):
+        if _transforms() or _tracing_state() is not None:
             return self.traced(super(mixin, self).forward, functools.partial(forward, self), args, kwargs)
         return forward(self, *args, **kwargs)
 
@@ -135,7 +134,7 @@ def _guarded(mixin: type[Patched], forward: Callable[..., Any]) -> Callable[...,
 
 def is_traced() -> bool:
     """Whether a ``torch.func`` transform or ``torch.jit.trace`` is at work on this thread, for which modules run their family's code."""
-    return not _compiles() and (_transforms() or _traces())
+    return _transforms() or _tracing_state() is not None
 
 
 class MadeClasses:
@@ -182,6 +181,10 @@ class _Unnamed(type):
             plain = _unpatched(plain)
         return plain(*args, **kwargs) if plain is not cls else super().__call__(*args, **kwargs)
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        return inspect.signature(original_of(cls))
+
     def __instancecheck__(cls, instance: Any) -> bool:
         return super().__instancecheck__(instance) or ("_moepatch_parts" in vars(cls) and isinstance(instance, _parts(cls)[1]))
 
@@ -204,7 +207,11 @@ def _type_over(kind: type) -> type:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before it was patched, or its class."""
-    cls = type(module)
+    return original_of(type(module))
+
+
+def original_of(cls: type) -> type:
+    """The class underneath all patches of a class, and what was put over them; or the class."""
     while issubclass(cls, Patched):
         cls = cls._moepatch_parts[1]
     return vars(cls).get("_moepatch_stands_for", cls)

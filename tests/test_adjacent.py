@@ -134,8 +134,8 @@ def test_each_has_a_storage_of_its_own(tmp_path):
     assert clean_state_dict_for_safetensors(dict(named)).keys() == named.keys()
     for name, parameter in named.items():
         assert parameter.untyped_storage().nbytes() == parameter.nbytes and parameter.storage_offset() == 0
-        torch.save(parameter, tmp_path / "ours"), torch.save(usual[name], tmp_path / "theirs")
-        assert os.path.getsize(tmp_path / "ours") == os.path.getsize(tmp_path / "theirs")
+        torch.save(parameter, tmp_path / "a"), torch.save(usual[name], tmp_path / "b")
+        assert os.path.getsize(tmp_path / "a") == os.path.getsize(tmp_path / "b")
     module.share_memory()  # moves each by itself
     assert torch.equal(module(torch.ones(2, K)), torch.cat([module._modules[name](torch.ones(2, K)) for name in "qkv"], -1))
 
@@ -149,8 +149,8 @@ def test_the_buffer_goes_with_the_last_that_uses_it():
     assert torch.equal(whole, before) and not reference.expired()
     del whole
     assert reference.expired()
-    made()
-    assert all(not kept.expired() for kept in adjacent_module._BUFFERS.values())
+    module = made()
+    assert adjacent(*module.leaves("weight")) is not None and all(not kept.expired() for kept in adjacent_module._BUFFERS.values())
 
 
 def test_a_patched_model_is_saved_as_before(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import io
 import json
 import os
@@ -21,16 +22,17 @@ from accelerate.utils import find_tied_parameters
 from accelerate.utils.dataclasses import FullyShardedDataParallelPlugin, get_module_class_from_name
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.other import clean_state_dict_for_safetensors
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file, save_model
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, transformer_auto_wrap_policy
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoModelForCausalLM, trainer_pt_utils
 
 import moepatch
 from moepatch.layers.attention.function import _FUNCTIONS
 from moepatch.layout.adjacent import adjacent
-from moepatch.surgery import original_class
+from moepatch.surgery import original_of
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
 
@@ -70,11 +72,6 @@ def test_classes_are_found_by_their_names(both):
     assert [type(m).__name__ for m in patched.modules()] == [type(m).__name__ for m in plain.modules()]
     assert [type(m).__qualname__ for m in patched.modules()] == [type(m).__qualname__ for m in plain.modules()]
     assert all(isinstance(m, type(patched.get_submodule(name))) and isinstance(patched.get_submodule(name), type(m)) for name, m in plain.named_modules())
-
-
-def original_of(cls):
-    made = cls.__new__(cls)
-    return original_class(made)
 
 
 def test_layers_are_wrapped_as_on_plain(both):
@@ -139,6 +136,7 @@ def test_a_class_statement_over_a_patched_class_extends_the_familys(qwen):
 
     made = Mine(plain.config)
     made.load_state_dict(plain.state_dict())
+    assert inspect.signature(type(patched)) == inspect.signature(type(plain)) and inspect.getsource(type(patched)) == inspect.getsource(type(plain))
     assert Mine.__mro__[1] is type(plain) and torch.equal(made(IDS).logits, plain(IDS).logits)
 
 
@@ -181,6 +179,27 @@ def test_a_pickle_is_an_ordinary_model_without_moepatch_and_a_patched_one_with_i
         assert twin.config is twin.model.config and twin.config is not patched.config
         moepatch.restore(twin)
         assert torch.equal(twin(IDS).logits, plain(IDS).logits) and not any("moepatch" in key for m in twin.modules() for key in vars(m))
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_copies_with_something_around_or_inside(qwen):
+    plain, patched = qwen
+    parametrized = [copy.deepcopy(m) for m in qwen]
+    for model in parametrized:
+        register_parametrization(model.model.norm, "weight", Doubled())
+        register_parametrization(model.model.layers[0].self_attn.q_proj, "weight", Doubled())
+    truth, *found = (copy.deepcopy(model)(IDS).logits for model in parametrized)
+    assert compare.error(found[0].detach(), truth.detach()) < 1e-5
+    assert compare.error(copy.copy(patched)(IDS).logits.detach(), plain(IDS).logits.detach()) < 1e-5
+    adapter = LoraConfig(r=4, target_modules=["q_proj"])
+    around = moepatch.optimize(get_peft_model(copy.deepcopy(plain), adapter), measure=False)
+    for twin in (pickle.loads(pickle.dumps(around)), copy.deepcopy(around)):
+        assert moepatch.report(twin).patched == moepatch.report(around).patched
+        assert compare.error(twin(IDS).logits.detach(), plain(IDS).logits.detach()) < 1e-5
 
 
 # --- the configuration ---------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..once import once_differentiable
 
@@ -60,6 +61,9 @@ def _buffer_at(address: int) -> torch.UntypedStorage | None:
 
 def _over(storage: torch.UntypedStorage, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """A contiguous tensor over the beginning of a storage."""
+    if torch._C._len_torch_dispatch_stack():  # tracers such as make_fx have no storages
+        with _disable_current_modes():
+            return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, shape)
     return torch.empty(0, dtype=like.dtype, device=like.device).set_(storage, 0, shape)
 
 
@@ -67,7 +71,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Copies of tensors ``[N, ...]`` of one dtype and device, which are `adjacent` and have a storage each."""
     first = tensors[0]
     buffer = torch.empty(sum(t.nbytes for t in tensors), dtype=torch.uint8, device=first.device).untyped_storage()
-    for address in [address for address, reference in _BUFFERS.items() if reference.expired()]:
+    for address in [address for address, reference in list(_BUFFERS.items()) if reference.expired()]:
         _BUFFERS.pop(address, None)  # another thread may have been here
     _BUFFERS[buffer.data_ptr()] = StorageWeakRef(buffer)
     made, at = [], 0
