@@ -304,6 +304,22 @@ def test_cross_entropy_needs_no_logits(what, bias):
     assert compare.error(grad, true) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_in_low_precision_that_nobody_widens(dtype):
+    """The gradient of a rounded loss is divided by the number of labels before it is rounded."""
+    torch.manual_seed(0)
+    head, hidden, labels = nn.Linear(H, V, bias=False), torch.randn(1, 999, H), torch.arange(999) % V
+    results = []
+    for kind in (torch.float64, dtype, dtype):
+        module, x = copy.deepcopy(head).to(dtype).to(kind), hidden.to(dtype).to(kind).requires_grad_()
+        z = module(x) if len(results) < 2 else defer(module, x, registry.compute("loss", "chunked"))
+        loss = F.cross_entropy(z[0, 1:], labels[1:])
+        assert loss.dtype == kind
+        results.append(gradients(loss * 64, x, module.weight))
+    for true, theirs, ours in zip(*results, strict=True):
+        assert compare.error(ours, true) <= max(1.5 * compare.error(theirs, true), 1e-5)
+
+
 def test_they_have_a_graph_like_ordinary_logits():
     x, plain, *_ = deferred()
     assert x.grad_fn is not None and not x.is_leaf and x.requires_grad == plain.requires_grad and not is_made(x)

@@ -180,7 +180,8 @@ class _CrossEntropy(torch.autograd.Function):
         x, formula, wide = ctx.x, ctx.formula, ctx.wide
         if torch.is_grad_enabled():
             return _differentiable(ctx, target, grad), None, None, None
-        part = Part(ctx.prepared, grad, lambda: _gradient(x._numbers.fresh(), target, formula, wide, grad))
+        exact = grad.to(torch.promote_types(wide, torch.float32))  # as the loss was before it was rounded
+        part = Part(ctx.prepared, exact, lambda: _gradient(x._numbers.fresh(), target, formula, wide, grad))
         return DeferredGradient.of(x._steps, (part,)), None, None, None
 
 
