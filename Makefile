@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY := passive
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-frameworks test-oldest test-newest test-gpu kernels clean
+.PHONY: help demo test test-frameworks test-oldest test-newest soak test-gpu kernels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -35,16 +35,19 @@ demo: .venv/stamp  ## fine-tune a small mixture of experts on the CPU, from chec
 	.venv/bin/python examples/finetune.py
 
 test: .venv/stamp  ## run the tests
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup
 
 test-frameworks: .venv-frameworks/stamp  ## run the tests that need other frameworks (DeepSpeed, TRL, bitsandbytes, torchao), with these installed
 	OMP_NUM_THREADS=1 .venv-frameworks/bin/python -m pytest -n 2 tests/frameworks
 
 test-oldest: .venv-oldest/stamp  ## run the tests with the oldest transformers that is supported
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadgroup
 
 test-newest: .venv-newest/stamp  ## run the tests with the newest transformers that they know
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadgroup
+
+soak: .venv/stamp  ## run the tests that ask of every kind what `make test` asks of some
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup -m soak
 
 test-gpu:  ## run the tests that need a GPU, with the machine's own Python: it has the torch and the backends to try
 	@$(PYTHON) -c 'import sys; from importlib.util import find_spec; lost = [m for m in "$(GPU_NEEDS)".split() if not find_spec(m)]; \

@@ -28,7 +28,10 @@ DENSE = {
 }  # fmt: skip
 _PACKAGES = ("torch", "transformers", "triton", "quack-kernels", "flash-attn-4", "nvidia-cutlass-dsl", "transformer-engine", "liger-kernel")
 #: Where libraries keep what they compile.
-_CACHES = {"MOEPATCH_CACHE": "moepatch", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "XDG_CACHE_HOME": "cache", "QUACK_CACHE_DIR": "quack"}
+_CACHES = {
+    "MOEPATCH_CACHE": "moepatch", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "XDG_CACHE_HOME": "cache",
+    "QUACK_CACHE_DIR": "quack",
+}  # fmt: skip
 
 
 def once(name: str, layers: int | None) -> dict:

@@ -212,4 +212,5 @@ def _run(model, pattern, kind, backend: str, tokens: int) -> None:
     call: Call = kind.trial(spec, dtype, META, torch.Generator().manual_seed(0)).trainable()
     made = (kind.call or type(module).forward)(module, *call.args, **call.kwargs)
     outputs = [o for o in torch.utils._pytree.tree_leaves(made) if isinstance(o, torch.Tensor) and o.requires_grad]
-    torch.autograd.grad(outputs, [*call.leaves(), *(p for p in module.parameters() if p.requires_grad)], [torch.ones_like(o) for o in outputs], allow_unused=True)
+    leaves = [*call.leaves(), *(p for p in module.parameters() if p.requires_grad)]
+    torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)

@@ -34,7 +34,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 LAYERS = {"Nemotron-3-Nano-30B-A3B": 8}
 #: Forms that the models of `models.CONFIGS` have not: dense heads, gated attention and the delta rule, Mamba-1.
 MORE = {
-    "Qwen3-8B": dict(model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8, vocab_size=151936),
+    "Qwen3-8B": dict(
+        model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=151936,
+    ),
     "Qwen3-Next-80B-A3B": dict(
         model_type="qwen3_next", hidden_size=2048, intermediate_size=5120, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=2, head_dim=256,
         num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512, shared_expert_intermediate_size=512, vocab_size=151936,
@@ -94,12 +97,13 @@ def measured(dtypes: list[str], names: list[str] | None, targets: dict[int, str]
 
 
 def data(rows: list[dict]) -> dict:
-    """The file that the package reads: the largest need, or words where a kernel is not compiled."""
+    """The file that the package reads: the largest needs, or words where a kernel is not compiled."""
     tables: dict = {}
     for row in rows:
         entry = tables.setdefault(row["table"], {}).setdefault(row["size"], {}).setdefault(row["dtype"], {})
-        before, key = entry.get(str(row["capability"]), 0), str(row["capability"])
-        entry[key] = before if isinstance(before, str) else row["error"] if "error" in row else max(before, row["shared"])
+        before, key = entry.get(str(row["capability"]), (0, 0)), str(row["capability"])
+        if not isinstance(before, str):
+            entry[key] = row["error"] if "error" in row else [max(before[0], row["shared"]), max(before[1], row["spills"])]
     return {"triton": triton.__version__, "tables": tables}
 
 
@@ -114,7 +118,8 @@ def table(rows: list[dict]) -> str:
         f"launch, in {', '.join(sorted({row['dtype'] for row in rows}))}, forward and backward, compiled by Triton {triton.__version__} for each GPU; torch "
         f"{torch.__version__.split('+')[0]}, transformers {transformers.__version__}. Compiled, not run: only the H200 was tried.", "",
         "A cell has the most shared memory of a block (KiB), registers of a thread, and bytes of a thread's stack (spilled registers) of all forms. "
-        "What needs more shared memory than a GPU has, or is not compiled, does not serve there: `why_not` says so, and another backend is taken.", "",
+        f"What needs more shared memory than a GPU has, spills more than {requirements._STACK} bytes, or is not compiled, does not serve there: `why_not` "
+        "says so, and another backend is taken.", "",
         "| kernel | forms | " + " | ".join(head) + " |", "|---|---|" + "---|" * len(capabilities), f"| a block may have | | {limits} |",
     ]  # fmt: skip
     for kernel, size in sorted({(row["kernel"], row["size"]) for row in rows}):
@@ -131,7 +136,7 @@ def _cell(rows: list[dict], capability: int) -> str:
         return f"**not compiled**: {errors[0]}"
     shared, registers, spills = (max(row[what] for row in rows) for what in ("shared", "registers", "spills"))
     words = f"{shared / 1024:.0f}, {registers}, {spills}"
-    return words if shared <= GPUS[TARGETS[capability]].shared else f"**{words}: too much**"
+    return words if shared <= GPUS[TARGETS[capability]].shared and spills <= requirements._STACK else f"**{words}: too much**"
 
 
 def main() -> None:

@@ -47,12 +47,23 @@ def norms(rows: int, width: int, repeats: int, device: torch.device) -> Iterator
     for backend in backends("norm"):
         if backend.why_not(spec, dtype, device) is None and (backend.name != "reference" or device.type == "cpu"):
             run = compute("norm", backend.name)
-            yield from _both(label | {"stack": backend.name}, lambda i, run=run: [run(xs[i % _SETS], weight, spec)], lambda i: [xs[i % _SETS], weight], (2, 3), size, repeats, device)
+            named = label | {"stack": backend.name}
+            yield from _both(
+                named, lambda i, run=run: [run(xs[i % _SETS], weight, spec)], lambda i: [xs[i % _SETS], weight], (2, 3), size, repeats, device
+            )
     if device.type == "cuda":
         from moepatch.kernels.norm import add_norm, fork_norm
 
-        yield from _both(label | {"layer": "add + norm", "stack": "triton"}, lambda i: list(add_norm(xs[i % _SETS], others[i % _SETS], weight, spec)), lambda i: [xs[i % _SETS], others[i % _SETS], weight], (4, 4), size, repeats, device)
-        yield from _both(label | {"layer": "fork + norm", "stack": "triton"}, lambda i: list(fork_norm(xs[i % _SETS], weight, spec)), lambda i: [xs[i % _SETS], weight], (2, 4), size, repeats, device)
+        added, forked = (label | {"layer": layer, "stack": "triton"} for layer in ("add + norm", "fork + norm"))
+        yield from _both(
+            added,
+            lambda i: list(add_norm(xs[i % _SETS], others[i % _SETS], weight, spec)),
+            lambda i: [xs[i % _SETS], others[i % _SETS], weight],
+            (4, 4), size, repeats, device,
+        )  # fmt: skip
+        yield from _both(
+            forked, lambda i: list(fork_norm(xs[i % _SETS], weight, spec)), lambda i: [xs[i % _SETS], weight], (2, 4), size, repeats, device
+        )
 
 
 def heads(tokens: int, repeats: int, device: torch.device) -> Iterator[dict]:
@@ -73,7 +84,8 @@ def heads(tokens: int, repeats: int, device: torch.device) -> Iterator[dict]:
         label = {"part": "kernel", "layer": "q/k norm + rope" if norm else "rope", "spec": f"{tokens} × (32 + 4) × 128", "stack": "triton"}
         forward = timed(_rotating(lambda i, j=joints, s=spec, w=weights, c=cos, n=sin: heads_forward(j[i % _SETS], s, *w, c, n)), repeats, device)
         yield _row(label | {"note": "forward"}, forward, copy_ms(2 * size * 36 // 40, device))
-        backward = timed(_rotating(lambda i, j=joints, s=spec, w=weights, c=cos, n=sin, g=grads: heads_backward(j[i % _SETS], s, *w, c, n, g[i % _SETS])), repeats, device)
+        going_back = _rotating(lambda i, j=joints, s=spec, w=weights, c=cos, n=sin, g=grads: heads_backward(j[i % _SETS], s, *w, c, n, g[i % _SETS]))
+        backward = timed(going_back, repeats, device)
         yield _row(label | {"note": "backward"}, backward, copy_ms((3 if norm else 2) * size * 36 // 40 + 2 * size * 4 // 40, device))
 
 
@@ -99,7 +111,8 @@ def sinks(tokens: int, repeats: int, device: torch.device, machine: Ceilings) ->
             both = timed(lambda i, c=calls, a=call, g=g: gradients(c(*a.args), a.leaves(), [g]), repeats, device)
             flops = 3.5 * attention_flops(form, tokens)
             row = _row({"part": "kernel", "layer": "attention", "spec": f"{name}: {form.describe()}", "stack": backend.name}, both, flops / machine.flops)
-            yield row | {"tflops": round(flops / both.busy_ms / 1e9, 1), "note": f"{flops / both.busy_ms / 1e9:.0f} TFLOP/s on the device, {flops / both.ms / 1e9:.0f} on the wall"}
+            on_device, on_wall = flops / both.busy_ms / 1e9, flops / both.ms / 1e9
+            yield row | {"tflops": round(on_device, 1), "note": f"{on_device:.0f} TFLOP/s on the device, {on_wall:.0f} on the wall"}
 
 
 def loss(tokens: int, hidden: int, vocab: int, device: torch.device, machine: Ceilings) -> Iterator[dict]:
@@ -141,7 +154,15 @@ def _same(module: torch.nn.Module) -> torch.nn.Module:
     return copy
 
 
-def _both(label: dict, forward: Callable[[int], list[Tensor]], leaves: Callable[[int], list[Tensor]], passes: tuple[int, int], size: int, repeats: int, device: torch.device) -> Iterator[dict]:
+def _both(
+    label: dict,
+    forward: Callable[[int], list[Tensor]],
+    leaves: Callable[[int], list[Tensor]],
+    passes: tuple[int, int],
+    size: int,
+    repeats: int,
+    device: torch.device,
+) -> Iterator[dict]:
     """Rows for forward and backward, each timed by itself: what one leaves in the cache, the other would pay for."""
     alone = timed(_rotating(forward), repeats, device)
     yield _row(label | {"note": "forward"}, alone, copy_ms(passes[0] * size, device))

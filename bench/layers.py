@@ -173,7 +173,8 @@ def replica_on(model: nn.Module, device: torch.device) -> nn.Module:
 def show(title: str, rows: list[dict]) -> None:
     """Prints a table."""
     table = Table(title=title, box=None, padding=(0, 2, 0, 0), title_justify="left", title_style="bold")
-    for column, justify in (("layer", "left"), ("stack", "left"), ("fwd ms", "right"), ("ms", "right"), ("device", "right"), ("floor", "right"), ("of floor", "right"), ("kernels", "right"), ("kept MiB", "right"), ("", "left")):
+    for column in ("layer", "stack", "fwd ms", "ms", "device", "floor", "of floor", "kernels", "kept MiB", ""):
+        justify = "left" if column in ("layer", "stack", "") else "right"
         table.add_column(column, justify=justify, overflow="fold")
     before = None
     for row in rows:
@@ -196,7 +197,8 @@ def _number(value: float | None) -> str:
 
 def _facts(device: torch.device) -> dict:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    return {"machine": gpu, "torch": torch.__version__, "transformers": transformers.__version__, "moepatch": moepatch.__version__, "date": time.strftime("%Y-%m-%d")}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, moepatch)}
+    return {"machine": gpu, **versions, "date": time.strftime("%Y-%m-%d")}
 
 
 if __name__ == "__main__":

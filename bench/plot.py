@@ -161,7 +161,8 @@ def _shape(row: dict) -> tuple:
 def _label(shape: tuple, break_: str = " ") -> str:
     model, layers, batch, seq, ranks, ep, routing, recompute, tiny = shape
     where = "1 rank" if ranks == 1 else f"{ranks} ranks, ep={ep}"
-    return f"{'tiny ' if tiny else ''}{model}\n{layers} layers, {batch} × {seq},{break_}{where}\n{routing} routing{f',{break_}checkpointing' if recompute else ''}"
+    checkpointing = f",{break_}checkpointing" if recompute else ""
+    return f"{'tiny ' if tiny else ''}{model}\n{layers} layers, {batch} × {seq},{break_}{where}\n{routing} routing{checkpointing}"
 
 
 def _title(rows: list[dict]) -> str:

@@ -21,6 +21,7 @@ from .errors import LeftAlone, MoePatchError, NothingMatched, PlanMismatch
 from .frameworks import called, shadowed
 from .kinds import KINDS
 from .layers.attention.sight import choices
+from .layout.adjacent import Adjacent
 from .match.attention_function import left_alone
 from .measure import agreed, fastest, is_measured
 from .parallel.agree import together
@@ -32,7 +33,7 @@ from .plainly import runs_plainly
 from .planning import Plan
 from .regional import layer_graphs
 from .render import words
-from .reporting import Report
+from .reporting import Report, quantized_since
 from .surgery import Journal, Patched
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,6 +46,12 @@ class _Patch(OnOthers):
     report: Report
     journal: Journal
     mesh: DeviceMesh | None = None
+
+    def copied(self) -> None:
+        """Weights that the copy of the model has apart lie together again."""
+        for step in self.journal.steps if self.mesh is None else ():
+            if isinstance(step, Adjacent):
+                step.copied()
 
 
 @runs_plainly
@@ -107,7 +114,8 @@ def optimize(
     if compile not in (None, "regional"):
         raise MoePatchError(f"compile is {compile!r}; it can be 'regional' (every decoder layer by itself) or None.")
     if mesh is None and dispatch is not None:
-        raise MoePatchError(f"dispatch={dispatch!r} moves tokens between the ranks of a mesh, and there is none: optimize(model, moepatch.make_mesh(ep=…), …).")
+        why = "moves tokens between the ranks of a mesh, and there is none: optimize(model, moepatch.make_mesh(ep=…), …)."
+        raise MoePatchError(f"dispatch={dispatch!r} {why}")
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise MoePatchError(f"optimizer is {optimizer!r}; it can be the optimizer of a training loop, whose parameters are then looked at, or None.")
     if not isinstance(plan, Plan | None):
@@ -141,7 +149,7 @@ def _checked_plan(
     """The plan to carry out, after everything that forbids it has been looked for."""
     check_model(model, mesh)
     asked = () if given is None else [KINDS[p.site.kind].backends for p in given.patterns]
-    chosen = _made(model, dense, numerics, measure and given is None, {} if given is not None else overrides, asked)
+    chosen = _made(model, mesh, dense, numerics, measure and given is None, {} if given is not None else overrides, asked)
     if given is not None:
         chosen = _fitting(given, chosen)
         chosen = (chosen if dense else chosen.without_dense()).with_backends(**overrides)
@@ -161,14 +169,17 @@ def plan(model: nn.Module, mesh: DeviceMesh | None = None, *, dense: bool = True
     if isinstance(model, nn.Module) and patch_of(model) is not None:
         return patch_of(model).report.plan
     check_model(model, mesh)
-    made = _made(model, dense, numerics, measure, overrides)
+    made = _made(model, mesh, dense, numerics, measure, overrides)
     check_plan(model, made, None, mesh)
     return made
 
 
-def _made(model: nn.Module, dense: bool, numerics: str, measure: bool, overrides: dict[str, str | None], asked: Collection[str] = ()) -> Plan:
-    """A fresh plan: what matches, what the caller wants, and of what is left the fastest."""
+def _made(
+    model: nn.Module, mesh: DeviceMesh | None, dense: bool, numerics: str, measure: bool, overrides: dict[str, str | None], asked: Collection[str] = ()
+) -> Plan:
+    """A fresh plan: what matches and can be spread over the mesh, what the caller wants, and of what is left the fastest."""
     made = planning.make_plan(model, numerics=numerics, asked=[*asked, *overrides])
+    made = made if mesh is None else planning.spreadable(model, made)
     made = (made if dense else made.without_dense()).with_backends(**overrides)
     return fastest(model, made) if measure else made
 
@@ -212,7 +223,7 @@ def report(model: nn.Module) -> Report:
     if patch is None:
         where = _elsewhere(model, "report") or " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
-    since = (*words.changed(_changes(model)), *called(model))
+    since = (*words.changed(_changes(model)), *called(model), *quantized_since(model, patch.report.plan))
     return replace(patch.report, notes=(*patch.report.notes, *since)) if since else patch.report
 
 
@@ -271,10 +282,16 @@ def _fitting(given: Plan, fresh: Plan) -> Plan:
     for pattern in given.patterns:
         for site in pattern.sites:
             if site.fqn not in present:
-                raise PlanMismatch(f"The plan names {site.fqn!r}, which this {fresh.model_class} does not have or which was refused. Make a new plan with moepatch.plan(model).")
+                raise PlanMismatch(
+                    f"The plan names {site.fqn!r}, which this {fresh.model_class} does not have or which was refused. "
+                    "Make a new plan with moepatch.plan(model)."
+                )
             now = present[site.fqn].site
             if (site.kind, site.spec, site.dtype) != (now.kind, now.spec, now.dtype):
-                raise PlanMismatch(f"{site.fqn}: the plan was made for {site.spec.describe()} {site.dtype}, the model has {now.spec.describe()} {now.dtype}. Make a new plan.")
+                raise PlanMismatch(
+                    f"{site.fqn}: the plan was made for {site.spec.describe()} {site.dtype}, the model has {now.spec.describe()} {now.dtype}. "
+                    "Make a new plan."
+                )
         chosen = present[pattern.site.fqn]
         # What is available is a fact of this machine, not of the one that made the plan.
         here = replace(pattern, choices=chosen.choices)

@@ -93,7 +93,9 @@ def random_weights(device: torch.device) -> Callable[[Tensor, tuple[int, ...]], 
     return fill
 
 
-def _timed(model: nn.Module, pattern: Pattern, backend: str | None, attention: str | None, tokens: int, device: torch.device) -> tuple[float | None, str | None]:
+def _timed(
+    model: nn.Module, pattern: Pattern, backend: str | None, attention: str | None, tokens: int, device: torch.device
+) -> tuple[float | None, str | None]:
     """Milliseconds, or why there are none."""
     need, free = _COPIES * _bytes(model, pattern), _free(device)
     if need > free:

@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 from .experts.gemm import why_not_grouped
 from .experts.parallel_linear import ParallelLinearSpec
-from .layers import attention_block_backends, latent_backends, mlp_backends, norm_backends, router_backends, te_backends  # noqa: F401  (each registers backends)
+from .layers import attention_block_backends, latent_backends, mlp_backends  # noqa: F401  (each registers backends)
+from .layers import norm_backends, router_backends, te_backends  # noqa: F401  (the same)
 from .layers.attention import backends as attention_backends  # noqa: F401
 from .layers.loss import backends as loss_backends  # noqa: F401
 from .layers.mixers import backends as mixer_backends  # noqa: F401

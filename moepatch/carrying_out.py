@@ -89,7 +89,7 @@ def carry_out(
                 if not verified:
                     apply_patterns(model, made, journal)
                 apply_models(model, journal)
-            relayout(model, made, journal)
+            relayout(model, made, journal, mesh is not None)
             watch_patterns(model, made, journal)
             if mesh is not None:
                 with timed(seconds, "shard"), counted((model,), "sharding", lambda whole: type(whole).__name__) as turns:
@@ -200,11 +200,17 @@ def apply_models(model: nn.Module, journal: Journal) -> None:
                 journal.do(InjectClass(part, PatchedPart, "experts"))
 
 
-def relayout(model: nn.Module, plan: Plan, journal: Journal) -> None:
-    """Moves weights whose layout has to change. Last: until then a patched module can be compared with the module it was."""
+def relayout(model: nn.Module, plan: Plan, journal: Journal, spread: bool = False) -> None:
+    """Moves weights whose layout has to change. Last: until then a patched module can be compared with the module it was.
+
+    Args:
+        spread: whether the model is about to be spread over the ranks of a mesh.
+    """
     for pattern in plan.patterns:
         for site in pattern.sites if pattern.backend is not None else ():
-            for step in KINDS[site.kind].relayout(model.get_submodule(site.fqn), site.spec):
+            kind = KINDS[site.kind]
+            steps = kind.spread if spread and kind.spread is not None else kind.relayout
+            for step in steps(model.get_submodule(site.fqn), site.spec):
                 journal.do(step)
 
 

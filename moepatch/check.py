@@ -18,12 +18,12 @@ from .frameworks import taken
 from .kinds import KINDS
 from .parallel import fsdp2
 from .parallel.apply import can_split
+from .parallel.expert_adapters import adapts_a_parameter
 from .parallel.mesh import why_not_mesh
 from .planning import Plan
+from .quantized import kept
 from .scan import Scan, outermost_pretrained
 from .surgery import Patched, is_shadowed
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_model(model: object, mesh: DeviceMesh | None = None) -> None:
@@ -35,7 +35,7 @@ def check_model(model: object, mesh: DeviceMesh | None = None) -> None:
     """
     if not isinstance(model, nn.Module):
         raise MoePatchError(f"optimize() takes a torch.nn.Module, such as from_pretrained returns; this is a {type(model).__name__}.")
-    problems = [*_mesh(model, mesh), *_compiled(model), *_wrapped(model), *(_without_numbers(model) or _quantized(model))]
+    problems = [*_mesh(model, mesh), *_compiled(model), *_wrapped(model), *(_without_numbers(model) or _quantized(model, mesh))]
     # One kind of wrapper explains the rest: an offloaded or wrapped tree would repeat itself for every module.
     problems += [] if problems else [*_offloaded(model)]
     if problems:
@@ -48,7 +48,10 @@ def check_plan(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | 
     Raises:
         CheckFailed: with every problem found.
     """
-    problems = [*_divisible(plan, mesh), *_adapted(model, plan, mesh), *_taken(model, plan), *_shadowed(model, plan), *_held(model, plan, optimizer)]
+    problems = [
+        *_divisible(plan, mesh), *_adapted(model, plan, mesh), *_taken(model, plan), *_in_two_ways(model, plan), *_shadowed(model, plan),
+        *_held(model, plan, optimizer),
+    ]  # fmt: skip
     if problems:
         raise CheckFailed(tuple(problems))
 
@@ -86,16 +89,16 @@ def _divisible(plan: Plan, mesh: DeviceMesh | None) -> Iterator[Problem]:
 
 
 def _adapted(model: nn.Module, plan: Plan, mesh: DeviceMesh | None) -> Iterator[Problem]:
-    """peft adds an adapter of all experts to the weights in each forward; a rank has some of the experts only."""
+    """An adapter of peft around experts that are to be spread over ranks, of a form that cannot be spread with them."""
     if mesh is None or "peft" not in sys.modules:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     scan = Scan(model)
     for site in (s for p in plan.mixture if p.backend and can_split(p.site) for s in p.sites):
-        holders = [type(parent).__name__ for parent, _ in scan.of(model.get_submodule(site.fqn)).parents if isinstance(parent, BaseTunerLayer)]
-        if holders:
-            text = f"a LoRA adapter of peft ({holders[0]}) on the experts' own parameters cannot be spread over ranks."
+        holders = [parent for parent, _ in scan.of(model.get_submodule(site.fqn)).parents if isinstance(parent, BaseTunerLayer)]
+        if any(not adapts_a_parameter(holder) for holder in holders):
+            text = f"an adapter of peft ({type(holders[0]).__name__}) around the experts cannot be spread over ranks."
             yield Problem("wrapped", site.fqn, text, "Adapt modules outside the experts (target_modules), or optimize without a mesh.")
             return
 
@@ -140,14 +143,14 @@ def _without_numbers(model: nn.Module) -> list[Problem]:
     return []
 
 
-def _quantized(model: nn.Module) -> Iterator[Problem]:
-    hint = "Load it with its weights dequantized (for example dtype=torch.bfloat16 with dequantize=True in the quantization config)."
-    for name, tensor in model.named_parameters():
-        if tensor.dtype not in _FLOATS:
-            yield Problem("quantized", name, f"its weights are {tensor.dtype} of shape {tuple(tensor.shape)}, which cannot be trained.", hint)
-            return
-        if type(tensor) not in (nn.Parameter, nn.UninitializedParameter, torch.Tensor, DTensor):
-            yield Problem("quantized", name, f"its weights are a {type(tensor).__name__}, not a plain parameter.", hint)
+def _quantized(model: nn.Module, mesh: DeviceMesh | None) -> Iterator[Problem]:
+    """FSDP2 shards plain floats. On one device whatever is quantized keeps its own code."""
+    if mesh is None:
+        return
+    hint = "Optimize without a mesh, or load it with its weights dequantized (where the quantization config has dequantize=True)."
+    for name, module in model.named_modules():
+        if (words := kept(module)) is not None:
+            yield Problem("quantized", name or "model", f"its weights are {words}, which cannot be spread over ranks.", hint)
             return
     if getattr(model, "hf_quantizer", None) is not None:
         yield Problem("quantized", "model", f"it was loaded by {type(model.hf_quantizer).__name__}.", hint)
@@ -170,6 +173,19 @@ def _taken(model: nn.Module, plan: Plan) -> Iterator[Problem]:
             by = f"optimize() was called for {owners[0]!r} inside this model" if owners else "optimize() was called for another object that shares it"
             yield Problem("patched", fqn or "model", f"it is patched already: {by}.", "Use it as it is, or call moepatch.restore() on that object first.")
             return
+
+
+def _in_two_ways(model: nn.Module, plan: Plan) -> Iterator[Problem]:
+    """A module that is part of two sites can be patched in one way only."""
+    seen: dict[int, tuple[str, object]] = {}
+    for pattern in plan.patterns:
+        for site in pattern.sites if pattern.backend else ():
+            for name, injection in KINDS[site.kind].injections(site.spec, pattern.backend, None).items():
+                fqn = ".".join(filter(None, (site.fqn, name)))
+                other, before = seen.setdefault(id(model.get_submodule(fqn)), (site.fqn, injection))
+                if before != injection:
+                    text = f"it is {other}'s too, and the plan has another backend there: {before[1]}, not {injection[1]}."
+                    yield Problem("plan", fqn, text, "Give both the same backend.")
 
 
 def _targets(model: nn.Module, plan: Plan) -> Iterator[str]:

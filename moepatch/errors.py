@@ -49,7 +49,7 @@ class Problem:
 
     Attributes:
         code: short and stable, for programs: ``wrapped``, ``quantized``, ``offloaded``, ``compiled``, ``patched``, ``optimizer``, ``mesh``,
-            ``torch``, ``fake``, ``inference``.
+            ``torch``, ``fake``, ``inference``, ``plan``.
         where: the module's name, or ``model``.
         message: what is wrong, with the numbers.
         hint: what to do instead.

@@ -20,8 +20,14 @@ from .surgery import Patched, is_bare, is_shadowed, original_class
 
 #: By attribute of a parameter: what has happened to it, and what to do instead.
 _MARKS = {
-    "ds_tensor": ("DeepSpeed's ZeRO-3 (or zero.Init) keeps it in parts, and it is {shape} here", "Load the model without zero.Init and optimize it before deepspeed.initialize."),
-    "_hp_mapping": ("it lies in the flat memory that DeepSpeed's ZeRO updates, and must not be moved out of it", "Optimize the model before deepspeed.initialize."),
+    "ds_tensor": (
+        "DeepSpeed's ZeRO-3 (or zero.Init) keeps it in parts, and it is {shape} here",
+        "Load the model without zero.Init and optimize it before deepspeed.initialize.",
+    ),
+    "_hp_mapping": (
+        "it lies in the flat memory that DeepSpeed's ZeRO updates, and must not be moved out of it",
+        "Optimize the model before deepspeed.initialize.",
+    ),
     "_fsdp_flattened": ("FSDP has taken it into a flat parameter", "Optimize the model before FullyShardedDataParallel is put around it."),
 }
 

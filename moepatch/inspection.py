@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ from .estimate import Estimate, estimate
 from .needs import best_device
 from .plainly import runs_plainly
 from .planning import SCHEMA_VERSION, Plan, make_plan
+from .quantized import kept
 from .source import Weights
+from .stored import Quantization
 
 #: Keywords of `inspect` for what-if tables.
 WHAT_IF: tuple[str, ...] = ()
@@ -194,6 +195,9 @@ def _of_config(
     config: PreTrainedConfig, where: str, words: str, weights: Weights | None = None, warnings: tuple[str, ...] = ()
 ) -> Inspection:
     model = source.meta_model(config, where)
+    quantization = Quantization.of(config)
+    if quantization is not None:
+        quantization.mark(model)
     plan = make_plan(model)
     return Inspection(
         model_class=type(model).__name__,
@@ -236,12 +240,9 @@ def _of_files(data: dict[str, Any], weights: Weights | None) -> Iterator[str]:
 
 def _of_settings(config: PreTrainedConfig, model: nn.Module, weights: Weights | None) -> Iterator[str]:
     """What a configuration, and the files beside it, give reason to warn of."""
-    quantization = vars(config).get("quantization_config")
-    if quantization:
-        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        method = settings.get("quant_method", "unnamed method")
-        method = method.value if isinstance(method, Enum) else method
-        yield f"the checkpoint is quantized ({method}): training needs dequantized weights, and the sizes here are those of such weights"
+    quantization = Quantization.of(config)
+    if quantization is not None:
+        yield quantization.warning()
     elif weights is not None and (stored := next(iter(weights.bytes_by_dtype))) != str(model.dtype).removeprefix("torch."):
         yield f"the files hold {stored}; the sizes here are those of {str(model.dtype).removeprefix('torch.')}"
     named = source.architectures(config)
@@ -250,12 +251,17 @@ def _of_settings(config: PreTrainedConfig, model: nn.Module, weights: Weights | 
 
 
 def _forbidden(model: nn.Module) -> Iterator[str]:
-    """What `optimize` would refuse to start with, as warnings."""
+    """What `optimize` would refuse to start with, and what it would leave alone because it is quantized, as warnings."""
     try:
         check_model(model)
     except CheckFailed as error:
         for problem in error.problems:
             yield f"optimize() would refuse: {problem}"
+    quantized = {name: words for name, module in model.named_modules() if (words := kept(module)) is not None}
+    for words in dict.fromkeys(quantized.values()):
+        names = [name for name, own in quantized.items() if own == words]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"the weights of {names[0] or 'the model'}{more} are {words}: they cannot be trained (adapters beside them can), and keep their own code"
     inner = next((name for name, module in model.named_modules() if name and api.patch_of(module) is not None), None)
     if inner is not None:
         yield f"{inner!r} inside it is patched: moepatch.inspect(model.get_submodule({inner!r})) says how"

@@ -33,6 +33,8 @@ class Kind:
         holder: from the spec to the relative name of the module that holds the experts' weights.
         steps: from (module, spec, backend) to what else is done to the model when a site is patched.
         relayout: from the patched module and its spec to steps that move its weights, done when the patch has been verified.
+        spread: the same for a model whose experts are spread over the ranks of a mesh; None: as `relayout`.
+        why_not_spread: from (module, spec, model) to why the experts of a module cannot be spread over ranks, in words, or None.
         call: how a module, patched or not, is called when it is tried, ``(module, *args)``; None: by its forward.
         stand_in: from (spec, backend) to a module that is tried in the site's place, where the patch is not an injection.
         bench: the same as `trial` at a size that users run, with the number of tokens as last argument; None: backends are not timed
@@ -56,6 +58,8 @@ class Kind:
     holder: Callable[[Any], str] = lambda spec: ""
     steps: Callable[[nn.Module, Any, str], Sequence[Step]] = lambda module, spec, backend: ()
     relayout: Callable[[nn.Module, Any], Sequence[Step]] = lambda module, spec: ()
+    spread: Callable[[nn.Module, Any], Sequence[Step]] | None = None
+    why_not_spread: Callable[[nn.Module, Any, nn.Module], str | None] = lambda module, spec, model: None
     call: Callable[..., Any] | None = None
     stand_in: Callable[[Any, str], nn.Module] | None = None
     bench: Callable[[Any, torch.dtype, torch.device, torch.Generator, int], Call] | None = None

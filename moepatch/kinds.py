@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .experts.expert_list import inject_expert_list, stack_expert_list
+from .experts.expert_list import inject_expert_list, join_expert_list, stack_expert_list, why_not_stacked
 from .experts.module import ExpertsState, PatchedExperts
 from .experts.parallel_linear import ParallelLinearState, PatchedParallelLinear
 from .experts.scored_block import BlockState, PatchedScoredBlock
@@ -173,7 +173,9 @@ _OWN: dict[str, Kind] = {
             trial=lambda spec, dtype, device, generator: Call((trial_tokens(spec.experts.hidden, dtype, device, generator),)),
             holder=lambda spec: spec.experts_name,
             regimes=_regimes_block(lambda spec: spec.experts.hidden),
-            relayout=stack_expert_list,
+            relayout=join_expert_list,
+            spread=stack_expert_list,
+            why_not_spread=why_not_stacked,
         ),
         ATTENTION_FUNCTION,
         ATTENTION_BLOCK,

@@ -147,5 +147,6 @@ def best_ms(run: Callable[[], None], device: torch.device) -> float:
 def _key(pattern: Pattern) -> str:
     site = pattern.site
     device = torch.cuda.get_device_name(torch.device(site.device))
-    facts = (METHOD, site.kind, site.spec.describe(), site.spec.to_dict(), site.dtype, device, torch.__version__, transformers.__version__, _candidates(pattern))
+    versions = torch.__version__, transformers.__version__
+    facts = (METHOD, site.kind, site.spec.describe(), site.spec.to_dict(), site.dtype, device, *versions, _candidates(pattern))
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]

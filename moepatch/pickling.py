@@ -100,6 +100,7 @@ def revive(module: nn.Module, state: OrderedDict[str, Any]) -> None:
     module.__class__ = cls
     if module._moepatch_watch is not None:
         module._moepatch_watch.adopt(module)
+    module.made_again()
 
 
 class OnOthers:
@@ -108,10 +109,14 @@ class OnOthers:
     def __deepcopy__(self, memo: dict[int, Any]):
         memo[id(self)] = made = type(self).__new__(type(self))
         vars(made).update(copy.deepcopy(vars(self), memo))
+        made.copied()
         return made
 
     def __reduce__(self):
         return _if_imported("made_again", operator.is_), packed((type(self), vars(self)))
+
+    def copied(self) -> None:
+        """What is to be done when a copy has been made, or an unpickled one; the modules that it speaks of are complete by then."""
 
 
 def made_again(data: bytes, shared: list[Any]) -> Any:
@@ -119,4 +124,5 @@ def made_again(data: bytes, shared: list[Any]) -> Any:
     cls, state = unpacked(data, shared)
     made = cls.__new__(cls)
     vars(made).update(state)
+    made.copied()
     return made

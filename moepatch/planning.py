@@ -22,6 +22,7 @@ from .needs import best_device
 from .progress import counted
 from .scan import Scan
 from .site import Left, Refusal, Site
+from .stored import advised
 from .work import Share, Work, work_of
 
 SCHEMA_VERSION = 1
@@ -280,8 +281,20 @@ def make_plan(
         groups.setdefault((site.kind, site.spec, site.class_name, site.now, site.dtype, site.device), []).append(site)
     patterns = sorted((_choose(tuple(group), numerics) for group in groups.values()), key=lambda p: KINDS[p.site.kind].dense)
     work = work_of(scan, sites, refusals, left)
-    plan = Plan(type(model).__name__, tuple(patterns), tuple(refusals), tuple(left), work, expert_signs(model))
+    plan = Plan(type(model).__name__, tuple(patterns), tuple(advised(refusals, model)), tuple(left), work, expert_signs(model))
     return plan.with_backends(**overrides) if overrides else plan
+
+
+def spreadable(model: nn.Module, plan: Plan) -> Plan:
+    """The plan for a mesh: modules whose experts would lose something if they were spread over ranks are refused, each for its reason."""
+    lost = {
+        site: reason
+        for pattern in plan.patterns if pattern.backend is not None
+        for site in pattern.sites if (reason := KINDS[site.kind].why_not_spread(model.get_submodule(site.fqn), site.spec, model)) is not None
+    }  # fmt: skip
+    hint = "It keeps its own forward, and its weights are sharded like all others."
+    refusals = tuple(Refusal(fqns=site.fqns, class_name=site.class_name, reason=reason, hint=hint) for site, reason in lost.items())
+    return replace(plan.without(*(site.fqn for site in lost)), refusals=(*plan.refusals, *refusals)) if lost else plan
 
 
 def match(

@@ -95,7 +95,8 @@ def register_kind(kind: Kind) -> Kind:
     if kind.name in KINDS:
         raise MoePatchError(f"There is a kind named {kind.name!r} already. Choose another name.")
     if not kind.backends.isidentifier() or kind.backends in RESERVED:
-        why = "optimize() has an argument of that name" if kind.backends in RESERVED else "users write it as optimize(model, <table>=…), so it has to be a name of Python"
+        unwritable = "users write it as optimize(model, <table>=…), so it has to be a name of Python"
+        why = "optimize() has an argument of that name" if kind.backends in RESERVED else unwritable
         raise MoePatchError(f"The kind {kind.name!r}: its table of backends cannot be called {kind.backends!r}: {why}.")
     for field in fields(kind):
         if field.name not in ("name", "pattern", "backends") and not isinstance(field.default, int) and not callable(getattr(kind, field.name) or len):
@@ -299,7 +300,8 @@ def _what_is_wrong(answer: Any, found: Found) -> str | None:
         return None
     if answer.kind not in KINDS:
         known = ", ".join(KINDS)
-        return f"answered with the kind {answer.kind!r}, which nobody has registered: call moepatch.register_kind(moepatch.Kind(name={answer.kind!r}, …)) first. There are: {known}"
+        first = f"call moepatch.register_kind(moepatch.Kind(name={answer.kind!r}, …)) first"
+        return f"answered with the kind {answer.kind!r}, which nobody has registered: {first}. There are: {known}"
     return _what_is_wrong_with(answer, found.module) if isinstance(answer, Site) else None
 
 

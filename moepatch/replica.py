@@ -1,9 +1,9 @@
 """Copies of one module at other sizes or with other weights, to try something out without touching the model.
 
 A replica shares the code of its original, but has its own attributes, parameters and buffers, no hooks, not even those that are called for
-every module of the process, and the class that the module had before any patch. Sizes are translated by value: every axis of a parameter and every integer attribute that equals a known
-size of the module (experts, widths, and products of them) becomes the new size. Sizes that coincide stay equal, so the translation is a
-function and a replica is never ambiguous.
+every module of the process, and the class that the module had before any patch. Sizes are translated by value: every axis of a parameter and
+every integer attribute that equals a known size of the module (experts, widths, and products of them) becomes the new size. Sizes that
+coincide stay equal, so the translation is a function and a replica is never ambiguous.
 """
 
 from __future__ import annotations

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from .kinds import KINDS
 from .planning import SCHEMA_VERSION, Plan
+from .quantized import kept_inside
 from .regional import LayerGraphs
 from .verify import Verified
 
@@ -58,3 +62,22 @@ class Report:
     def _repr_pretty_(self, printer, cycle: bool) -> None:
         """IPython's plain text: what `print` shows."""
         printer.text(str(self))
+
+
+def quantized_since(model: nn.Module, plan: Plan) -> tuple[str, ...]:
+    """What has been quantized of the modules of a plan since it was carried out, one note for each class and form."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[tuple[str, str], list[str]] = {}
+    for pattern in plan.patterns:
+        kind = KINDS[pattern.site.kind]
+        if pattern.backend is None or kind.only_itself or kind.stand_in is not None:
+            continue  # that computes with nobody's weights, or with those of norms that are sites of their own
+        for site in pattern.sites:
+            words = kept_inside(modules[site.fqn]) if site.fqn in modules else None
+            if words is not None:
+                found.setdefault((site.class_name, words), []).append(site.fqn)
+    notes = []
+    for (name, words), fqns in found.items():
+        others = f" and {len(fqns) - 1} more" if fqns[1:] else ""
+        notes.append(f"{fqns[0]}{others} ({name}): quantized since the patch, and what is runs the family's own code ({words})")
+    return tuple(notes)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .experts.module import SeesRoutes
 from .routed import argument_names, routed_layers
 from .routing_record import RoutingRecord
 
@@ -152,7 +153,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class _ForceIds:
+class _ForceIds(SeesRoutes):
     """Pre-hook of an experts module: other ids, the same weights."""
 
     drawn: Drawn
@@ -182,7 +183,7 @@ class _ForceScores:
 
 
 @dataclass(frozen=True)
-class _SeenIds:
+class _SeenIds(SeesRoutes):
     """Hook of an experts module that counts; after the call, so that it sees what other hooks made of the ids."""
 
     record: RoutingRecord

@@ -52,17 +52,18 @@ class StandIns:
         if kept is None or any(scope.get(name, _EMPTY) is not value for scope, name, value in kept.meanings):
             copies = self._copies([function])
             sources = [source for source in copies.sources if isinstance(source, FunctionType)]
-            meanings = [(f.__globals__, name, f.__globals__.get(name, _EMPTY)) for f in sources or [function] for name in _names(f.__code__)]
+            meanings = [(f.__globals__, name, f.__globals__.get(name, _EMPTY)) for f in sources or [function] for name in names_in(f.__code__)]
             kept = memory[function] = _Kept(copies.get(id(function), function), tuple(meanings))
         return kept.function
 
     @contextlib.contextmanager
-    def within(self, module: nn.Module, *functions: Callable) -> Iterator[tuple[Callable, ...]]:
+    def within(self, module: nn.Module, *functions: Callable, memory: dict | None = None) -> Iterator[tuple[Callable, ...]]:
         """While this is entered, the methods of a module and of those inside it are copies; the module must be nobody else's.
 
         Args:
             module: its class, and its functions among its attributes, are exchanged meanwhile.
             functions: others that will be called.
+            memory: where copies are kept for the next time, as long as nobody gives the names that functions call another meaning.
 
         Returns:
             Copies of `functions`.
@@ -70,8 +71,12 @@ class StandIns:
         parts = list(module.modules())
         plain = [f for f in functions if isinstance(f, FunctionType)]
         values = [v for part in parts for v in vars(part).values() if isinstance(v, FunctionType)]
-        methods = [f for cls in {type(part) for part in parts} for f in _methods(cls)]
-        copies = self._copies([*plain, *values, *methods])
+        classes = tuple(dict.fromkeys(type(part) for part in parts))
+        copies = None if memory is None else memory.get((classes, *plain, *values))
+        if copies is None:
+            copies = self._copies([*plain, *values, *(f for cls in classes for f in _methods(cls))])
+            if memory is not None:
+                memory[classes, *plain, *values] = copies
         before = [(part, part.__class__, dict(part.__dict__)) for part in parts]
         try:
             for part, cls, attributes in before if copies else ():
@@ -94,9 +99,9 @@ class StandIns:
             if id(value) in seen:
                 continue
             seen[id(value)] = value
-            if isinstance(value, FunctionType) and any((id(value.__globals__), name) in self._names for name in _names(value.__code__)):
+            if isinstance(value, FunctionType) and any((id(value.__globals__), name) in self._names for name in names_in(value.__code__)):
                 reaching.append(id(value))
-            for called in _called(value):
+            for called in mentioned(value):
                 callers.setdefault(id(called), []).append(id(value))
                 todo.append(called)
         found: dict[int, Any] = {}
@@ -143,7 +148,7 @@ class _Copies(dict[int, Any]):
 
     def _fill(self, function: FunctionType, scope: dict[str, Any], names: Mapping[tuple[int, str], Callable]) -> None:
         """Has the names and the closure of a copy mean copies."""
-        for name in _names(function.__code__):
+        for name in names_in(function.__code__):
             if (id(function.__globals__), name) in names:
                 scope[name] = names[id(function.__globals__), name]
             elif id(function.__globals__.get(name)) in self:
@@ -181,20 +186,20 @@ def content(cell: CellType) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _names(code: CodeType) -> tuple[str, ...]:
+def names_in(code: CodeType) -> tuple[str, ...]:
     """The names that a function's code mentions, in functions inside it too; attributes are among them."""
-    inner = (name for constant in code.co_consts if isinstance(constant, CodeType) for name in _names(constant))
+    inner = (name for constant in code.co_consts if isinstance(constant, CodeType) for name in names_in(constant))
     return tuple(dict.fromkeys((*code.co_names, *inner)))
 
 
-def _called(value: Any) -> Iterator[Any]:
+def mentioned(value: Any) -> Iterator[Any]:
     """What a function may call: functions, and modules that stand for functions, among its names and what it encloses."""
     if isinstance(value, nn.Module):
         yield from _methods(type(value))
         return
     cells = [content(cell) for cell in value.__closure__ or ()]
     package = str(value.__globals__.get("__name__")).partition(".")[0]
-    named = [value.__globals__.get(name) for name in _names(value.__code__)] if package not in CLOSED else []
+    named = [value.__globals__.get(name) for name in names_in(value.__code__)] if package not in CLOSED else []
     for called in (*cells, *named):
         if isinstance(called, (FunctionType, nn.Module)):
             yield called

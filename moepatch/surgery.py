@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrize import is_parametrized
 
 from .pickling import reduced
 from .reads import Reads
@@ -32,12 +33,12 @@ class Patched:
     The instance attribute ``_moepatch`` holds the patch's state, a plain value without modules or tensors.
     """
 
-    #: True if the mixin computes with weights of children without calling them, as long as they are bare (see `is_bare`).
-    takes_children = False
     #: False if the mixin only stands around a forward: the one underneath says whether something has changed that its family reads.
     stands_aside = True
     #: False if it takes weights of any shape.
     reads_shapes = True
+    #: True if the mixin computes with weights of children without calling them, as long as they are bare (see `is_bare`).
+    takes_children = False
     _moepatch: Any
     _moepatch_watch: Watch | None = None
 
@@ -87,7 +88,11 @@ class Patched:
         if memo is not None:
             memo[id(self)] = made  # what it holds may hold it
         made.__setstate__(copied(self.__getstate__()))
+        made.made_again()
         return made
+
+    def made_again(self) -> None:
+        """Is called of a copy, and of what was unpickled, when it has its state."""
 
     def __reduce_ex__(self, protocol):
         # Where something was put over the patch (``fully_shard``), that one's way of pickling is asked, or its refusal given.
@@ -242,6 +247,43 @@ def is_as_patched(module: nn.Module) -> bool:
     return watch is None or not (watch.changed_in_graph(module) if _compiles() else watch.changed(module))
 
 
+_HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+
+
+def what_is_hung_on(module: nn.Module, name: str) -> str | None:
+    """Words for the first hook, parametrization or forward of its own of a module or one inside it: what is left out where it is not called.
+
+    Args:
+        name: of the module, for the words.
+    """
+    for path, inner in module.named_modules(prefix=name):
+        if is_parametrized(inner):
+            weight, ((made, *_), *_) = next(iter(inner.parametrizations.keys())), inner.parametrizations.values()
+            return f"{path} has a parametrized {weight} ({type(made).__name__})"
+        for attribute, words in _HOOKS.items():
+            for hook in vars(inner)[attribute].values():
+                return f"{path} has a {words} ({_name_of(hook)})"
+        if "forward" in vars(inner):
+            return f"{path} has a forward of its own ({_name_of(vars(inner)['forward'])})"
+    return None
+
+
+def gradient_hook_on(parameter: nn.Parameter) -> str | None:
+    """The name of the first hook on the gradient of a parameter; None if it has none."""
+    hooks = (*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values())
+    return _name_of(hooks[0]) if hooks else None
+
+
+def _name_of(function: Any) -> str:
+    named = function.func if isinstance(function, functools.partial) else function
+    return named.__qualname__ if hasattr(named, "__qualname__") else type(named).__name__
+
+
 @dataclass
 class InjectClass:
     """The step that turns a module into a patched one.
@@ -251,15 +293,20 @@ class InjectClass:
         mixin: what to put over its class, which may be a patched one.
         state: becomes ``module._moepatch``; None: that of the patch underneath stays.
         before: the state of the patch underneath.
+        needless: whether another site that shares the module had patched it so.
     """
 
     module: nn.Module
     mixin: type[Patched]
     state: Any
     before: Any = None
+    needless: bool = False
 
     def do(self) -> None:
         """Patches."""
+        if isinstance(self.module, self.mixin) and self.module._moepatch == self.state:
+            self.needless = True
+            return
         self.before = vars(self.module).get("_moepatch")
         cls = patched_class(self.mixin, type(self.module))
         _forget_own_forward(self.module)
@@ -269,6 +316,8 @@ class InjectClass:
 
     def undo(self) -> None:
         """Puts the class back. Parameters, buffers, hooks and flags were never touched."""
+        if self.needless:
+            return
         _forget_own_forward(self.module)
         if isinstance(self.module, self.mixin):  # a class has a mixin once
             self.module.__class__ = _unpatched(type(self.module))
@@ -285,19 +334,22 @@ class ReplaceState:
     Attributes:
         module: a patched module.
         mixin, state: the new ones.
+        under: a mixin that comes between the new one and the class, or None.
         before: the old ones.
     """
 
     module: nn.Module
     mixin: type[Patched]
     state: Any
+    under: type[Patched] | None = None
     before: tuple[type, Any] | None = None
 
     def do(self) -> None:
         """Replaces."""
         self.before = type(self.module), self.module._moepatch
         self.module._moepatch = self.state
-        self.module.__class__ = patched_class(self.mixin, type(self.module)._moepatch_parts[1])
+        base = type(self.module)._moepatch_parts[1]
+        self.module.__class__ = patched_class(self.mixin, base if self.under is None else patched_class(self.under, base))
 
     def undo(self) -> None:
         """Puts the earlier mixin and state back."""

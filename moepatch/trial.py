@@ -26,6 +26,8 @@ FP32_LIMIT = 1e-5
 LOW_PRECISION_FACTOR = 1.5
 #: What transformers' wrapper of a library's function asks: first whether to go round it, then whether to say, once in a process, that it is missing.
 _IN_TORCH = StandIns({(hub_kernels, "is_torchdynamo_exporting"): lambda: True, (hub_kernels, "is_torchdynamo_compiling"): lambda: True})
+#: Where a replica keeps the copies of its functions.
+_COPIES = "_moepatch_copies"
 #: How the names of results begin that say the structure of what was returned, and a tensor's dtype; and how those of gradients end that
 #: there are without a loss.
 FORM, DTYPE, UNASKED = "returns ", "dtype of ", " where nobody asks for one"
@@ -204,7 +206,8 @@ def torch_formulas(module: nn.Module, forward: Callable[..., Any] | None = None)
     Returns:
         What to call, as ``forward(module, ...)``.
     """
-    with _IN_TORCH.within(module, *([] if forward is None else [forward])) as copied:
+    memory = vars(module).setdefault(_COPIES, {})  # a trial calls its modules many times
+    with _IN_TORCH.within(module, *([] if forward is None else [forward]), memory=memory) as copied:
         yield copied[0] if copied else lambda module, *args, **kwargs: module.forward(*args, **kwargs)
 
 

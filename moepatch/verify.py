@@ -22,6 +22,7 @@ from .kind import Kind
 from .kinds import KINDS
 from .match.experts import implementation
 from .planning import Pattern
+from .quantized import is_plain
 from .replica import replica, size_map, slice_fill
 from .trial import Call, Difference
 
@@ -192,7 +193,7 @@ class _Trials:
 
 def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, and buffers that a checkpoint has: others may hold an infinity on purpose, as masks do."""
-    return ((name, t) for name, t in module.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point())
+    return ((name, t) for name, t in module.state_dict().items() if isinstance(t, Tensor) and is_plain(t))
 
 
 def _not_finite(tensor: Tensor) -> int:

@@ -39,6 +39,8 @@ EXPERTS_CHOICE = "_experts_implementation_internal"
 #: What every module has.
 _MODULES_OWN = frozenset(vars(nn.Module())) | {"_moepatch", "_moepatch_watch"}
 _MOST_ITEMS = 64
+#: What may change and stay the same object.
+_CONTAINERS = (list, dict, set)
 
 
 class Entry(NamedTuple):
@@ -213,7 +215,7 @@ class Watch:
                 scope = _SCOPES[entry.kind](owner, entry.via)
                 now = scope.get(entry.name, Absent)
                 question.ask(*((f"{entry.name!r} not in {{}}", scope) if now is Absent else (f"{{}}[{entry.name!r}] is {{}}", scope, now)))
-                if isinstance(now, (list, dict, set)) and entry.value is not Followed:
+                if isinstance(now, _CONTAINERS) and entry.value is not Followed:
                     question.ask("{} == {}", now, copy.copy(now))
                 differs = not _same(now, entry.value, entry.kind == "choice")
                 if entry.kind == "child" and entry.value is Followed and not self._stands_in(owner, entry):
@@ -237,7 +239,7 @@ class Watch:
     def changed_in_graph(self, module: nn.Module) -> bool:
         """As `changed`, in steps that torch.compile can follow, so that it guards what they read."""
         for kind, path, via, name, value in self.entries:
-            if kind not in ("attribute", "child", "config", "class", "global") or value is Followed or value is Absent or isinstance(value, (list, dict, set)):
+            if kind not in ("attribute", "child", "config", "class", "global") or value is Followed or value is Absent or isinstance(value, _CONTAINERS):
                 continue
             owner = via if kind in ("class", "global") else module
             for step in path.split(".") if path and owner is module else ():
@@ -409,12 +411,12 @@ def _of_part(part: nn.Module, cls: type, path: str, followed: Collection[str], m
             yield Entry("class", path, cls, name, getattr(cls, name))
             if name != "forward":
                 yield Entry("attribute", path, None, name, Absent)
-    yield from (Entry("global", path, file, name, value) for file, name, value in reads.functions)
+    yield from (Entry("global", path, file, name, copy.copy(value) if isinstance(value, _CONTAINERS) else value) for file, name, value in reads.functions)
 
 
 def _of_attribute(part: nn.Module, path: str, name: str, reads: Reads, followed: Collection[str]) -> Iterator[Entry]:
     value = vars(part)[name]
-    if isinstance(value, (list, dict, set)):
+    if isinstance(value, _CONTAINERS):
         if len(value) <= _MOST_ITEMS:
             yield Entry("attribute", path, None, name, copy.copy(value))
     elif not hasattr(value, "__dict__") or callable(value) or isinstance(value, torch.Tensor):
@@ -443,7 +445,7 @@ def _of_config(config: Any, names: frozenset[str], followed: Collection[str]) ->
             value = vars(config)[name]
             if isinstance(value, (*PLAIN, tuple)):
                 yield name, value
-            elif isinstance(value, (list, dict, set)) and len(value) <= _MOST_ITEMS:
+            elif isinstance(value, _CONTAINERS) and len(value) <= _MOST_ITEMS:
                 yield name, copy.copy(value)
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from .estimate import count_experts, site_top_k
 from .kinds import KINDS
 from .scan import Scan
+from .quantized import kept
 from .site import Left, Refusal, Site
 
 #: The length of the sequences that attention is counted for.
@@ -125,7 +126,9 @@ def work_of(scan: Scan, sites: list[Site], refusals: list[Refusal], left: list[L
         module = found.module
         parameters = [p for p in module._parameters.values() if p is not None]
         if parameters and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            flops = sum(2 * round(p.numel() * routed.get(id(p), 1)) for p in parameters)
+            # Two numbers of four bits may be one that is counted.
+            packed = isinstance(module, nn.Linear) and kept(module) is not None
+            flops = 2 * module.in_features * module.out_features if packed else sum(2 * round(p.numel() * routed.get(id(p), 1)) for p in parameters)
             add(tuple(cover.get(id(module), ())), flops, 1)
     functions = [s for s in sites if s.kind == "attention_function"]
     for fqn, flops in _scores(model, sites, left).items():

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,13 +18,27 @@ import zoo
 
 torch.set_num_threads(1)
 
+FAMILIES = {*zoo.FAMILIES, *zoo.EXTRA}
+_NONE = SimpleNamespace(params={})
 
-def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` need one; without it they are deselected by name in the summary, not passed."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skipif(True, reason="needs a CUDA GPU"))
+
+#: Files whose tests take long, each: they come first, so that no worker is left with one of them at the end.
+LONG = ("simulation", "global", "interrupts", "demo", "deadlock", "fsdp2", "parallel", "trainer", "symm_mem", "deep_ep", "witness")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `gpu` need one; without it they are deselected by name in the summary, not passed.
+
+    With pytest-xdist the tests of a family go to one worker (``--dist loadgroup``), which then has to find out about its classes only once.
+    """
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skipif(True, reason="needs a CUDA GPU"))
+        family = next((value for value in getattr(item, "callspec", _NONE).params.values() if isinstance(value, str) and value in FAMILIES), None)
+        if family is not None and config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(family))
+    items.sort(key=lambda item: not item.path.stem.removeprefix("test_").startswith(LONG))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -167,7 +167,8 @@ def test_compiles_are_kept_if_somebody_else_imported_the_library_first(monkeypat
     interface = SimpleNamespace(_flash_attn_fwd=compiling(JITCache()), _flash_attn_bwd=compiling(JITPersistentCache("elsewhere")), other=compiling(JITCache()))
     fa4_cache.keep(interface, utils)
     forward = interface._flash_attn_fwd.compile_cache
-    assert type(forward) is JITPersistentCache and forward.folder == tmp_path / "fa4" / "sm90-quack-0.6.4" / "print" / "fwd" and forward.cache == {"form": "compiled"}
+    assert type(forward) is JITPersistentCache and forward.cache == {"form": "compiled"}
+    assert forward.folder == tmp_path / "fa4" / "sm90-quack-0.6.4" / "print" / "fwd"
     assert interface._flash_attn_bwd.compile_cache.folder == "elsewhere" and type(interface.other.compile_cache) is JITCache
     monkeypatch.setenv(fa4_cache.ENABLED, "0")
     interface._flash_attn_fwd = compiling(JITCache())

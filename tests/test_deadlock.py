@@ -97,9 +97,8 @@ def test_on_one_device(normalised, tuple_out):
     assert isinstance(model.layers[0].mlp.experts, torch.nn.ModuleList)
     for m in (truth, model):
         m(ids).backward()
-    stacked = model.layers[0].mlp.experts.gate_up_proj
-    wanted = torch.stack([torch.cat([e.w1.weight.grad, e.w3.weight.grad]) for e in truth.layers[0].mlp.experts])
-    assert compare.error(stacked.grad, wanted) <= 1e-5
+    for mine, theirs in zip(model.layers[0].mlp.experts.parameters(), truth.layers[0].mlp.experts.parameters(), strict=True):
+        assert compare.error(mine.grad, theirs.grad) <= 1e-5
     for m in (truth, model):
         torch.optim.SGD(m.parameters(), lr=0.1).step()
     state = model.state_dict()
@@ -127,13 +126,6 @@ def test_what_is_refused():
         layer.mlp.__class__ = Jitter
     with pytest.raises(moepatch.NothingMatched, match="softmax top-k"):
         moepatch.optimize(model)
-    model = listed()
-    model.layers[1].mlp.experts[2].requires_grad_(False)
-    before = model.state_dict()
-    with pytest.raises(moepatch.MoePatchError, match="frozen"):
-        moepatch.optimize(model)
-    assert type(model) is Listed and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert type(model.layers[0].mlp.experts) is torch.nn.ModuleList and len(model.layers[0].mlp.experts) == E
 
 
 def test_a_list_is_inspected_before_and_after_the_patch():

@@ -61,24 +61,27 @@ def test_not_a_module():
         moepatch.optimize({})
 
 
-def test_quantized_experts(qwen3):
+class Params4bit(nn.Parameter):
+    """A tensor of its own, as quantizing libraries have it."""
+
+
+QUANTIZED_EXPERTS = {
+    "int8": lambda: nn.Parameter(torch.zeros(8, 64, 48, dtype=torch.int8), requires_grad=False),
+    "float8_e4m3fn": lambda: nn.Parameter(torch.zeros(8, 64, 48).to(torch.float8_e4m3fn), requires_grad=False),
+    "4-bit": lambda: Params4bit(torch.zeros(8, 64, 48)),
+}
+
+
+@pytest.mark.parametrize("form", QUANTIZED_EXPERTS)
+def test_quantized_experts_keep_their_own_code(qwen3, form):
+    """The rest of the model is patched, the other experts too; `strict` says that something is left."""
     experts = qwen3.model.layers[1].mlp.experts
-    experts.down_proj = nn.Parameter(torch.zeros(8, 64, 48, dtype=torch.int8), requires_grad=False)
-    refused(qwen3, moepatch.CheckFailed, r"layers\.1\.mlp\.experts\.down_proj: its weights are torch.int8 of shape \(8, 64, 48\).*dequantized")
-    assert code(qwen3) == ["quantized"]
-
-
-def test_float8_experts(qwen3):
-    qwen3.model.layers[0].mlp.experts.down_proj.data = torch.zeros(8, 64, 48).to(torch.float8_e4m3fn)
-    assert code(qwen3) == ["quantized"]
-
-
-def test_weights_of_a_quantization_library(qwen3):
-    class Params4bit(nn.Parameter):
-        """As such libraries do it."""
-
-    qwen3.model.layers[0].mlp.experts.down_proj = Params4bit(torch.zeros(8, 64, 48))
-    refused(qwen3, moepatch.CheckFailed, r"its weights are a Params4bit, not a plain parameter")
+    experts.down_proj = QUANTIZED_EXPERTS[form]()
+    refused(qwen3, moepatch.LeftAlone, f"Qwen3MoeExperts \\(model.layers.1.mlp.experts\\): its weights are {form}", strict=True)
+    report = moepatch.report(moepatch.optimize(qwen3))
+    (refusal,) = report.plan.refusals
+    assert refusal.fqn == "model.layers.1.mlp.experts" and refusal.reason.startswith(f"its weights are {form}")
+    assert isinstance(qwen3.model.layers[0].mlp.experts, moepatch.Patched) and not isinstance(experts, moepatch.Patched)
 
 
 @pytest.fixture
@@ -121,7 +124,8 @@ def test_offload_hooks(qwen3):
 
 def test_parameters_held_by_an_optimizer_that_was_passed_in(qwen3):
     optimizer = torch.optim.AdamW(qwen3.parameters())
-    words = r"the AdamW that was passed in holds 4 of the parameters to be patched \(model\.layers\.0\.mlp\.experts\.gate_up_proj, …\)\. Build the optimizer after"
+    held = r"holds 4 of the parameters to be patched \(model\.layers\.0\.mlp\.experts\.gate_up_proj, …\)"
+    words = rf"the AdamW that was passed in {held}\. Build the optimizer after"
     refused(qwen3, moepatch.CheckFailed, words, optimizer=optimizer)
     other = torch.optim.AdamW(qwen3.model.embed_tokens.parameters())
     moepatch.optimize(qwen3, optimizer=other)
@@ -183,7 +187,8 @@ def test_an_unknown_experts_module_is_refused_and_the_rest_is_patched(qwen3):
 
 def test_unknown_options_and_backends_are_refused_with_what_exists(qwen3):
     refused(qwen3, moepatch.PlanMismatch, r"no option 'expert'\. Did you mean 'experts'\?", expert="torch")
-    refused(qwen3, moepatch.BackendUnavailable, r"No backend named 'cutlass' for 'experts'\. There are: quack, triton, torch, reference, te, te_fp8\.", experts="cutlass")
+    there_are = r"There are: quack, triton, torch, reference, te, te_fp8\."
+    refused(qwen3, moepatch.BackendUnavailable, rf"No backend named 'cutlass' for 'experts'\. {there_are}", experts="cutlass")
 
 
 def test_a_backend_that_nothing_is_there_for_is_refused(qwen3):

@@ -33,7 +33,7 @@ def test_a_device_may_be_one_that_is_not_here(monkeypatch):
 
 
 def test_what_does_not_fit_is_said_with_its_numbers(monkeypatch):
-    table = {"ssd": {"128x64": {"bfloat16": {"80": 60 * 1024, "89": 132 * 1024, "100": "no such layout"}}}}
+    table = {"ssd": {"128x64": {"bfloat16": {"80": [60 * 1024, 8], "86": [60 * 1024, 5000], "89": [132 * 1024, 0], "100": "no such layout"}}}}
     monkeypatch.setattr(requirements, "requirements", lambda: {"triton": "3.6.0", "tables": table})
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.6.0")
 
@@ -41,6 +41,7 @@ def test_what_does_not_fit_is_said_with_its_numbers(monkeypatch):
         return requirements.why_not("ssd", dtype, gpu, "128x64")
 
     assert asked(GPUS["rtx4090"]) == "needs 132 KiB of shared memory a block, RTX 4090 (sm_89) has 99 KiB"
+    assert asked(GPUS["rtx3090"]) == "its kernels spill 5000 bytes of registers a thread on RTX 3090 (sm_86), more than 4096: too slow"
     assert asked(GPUS["a100"]) is None and asked(GPUS["a100"], torch.float16) is None
     assert asked(GPUS["b200"]) == "Triton 3.6.0 cannot compile its kernels for B200 (sm_100): no such layout"
     # A capability between two, one before all, and another Triton.
@@ -93,12 +94,12 @@ def test_the_driver_decides_about_a_gpu_that_is_here(monkeypatch):
 
 
 @compiled
-@pytest.mark.timeout(900)
 def test_kernels_compile_for_every_gpu_and_the_file_is_fresh():
     """A sample, recorded and compiled in a process of its own: ``make kernels`` runs it where Triton is, and writes the files first."""
     pytest.importorskip("triton")
     script = (
-        "import json, sys, torch, triton; import kernel_requirements as kr; sizes = [(128, 64)]; found = kr.made(torch.bfloat16, ['Qwen3-30B-A3B', 'DeepSeek-V3']);"
+        "import json, sys, torch, triton; import kernel_requirements as kr; sizes = [(128, 64)];"
+        "found = kr.made(torch.bfloat16, ['Qwen3-30B-A3B', 'DeepSeek-V3']);"
         "rows = []; \n"
         "for capability, target in kr.TARGETS.items():\n"
         "    forms = [f for f in kr.forms_for(target, torch.bfloat16, found, sizes) if f.table in ('ssd', 'residual', 'latent', 'router', 'dispatch')]\n"
@@ -115,7 +116,8 @@ def test_kernels_compile_for_every_gpu_and_the_file_is_fresh():
         known = data["tables"][table][size]["bfloat16"][str(capability)]
         if version != data["triton"]:
             continue
-        assert isinstance(known, str) if "error" in need else isinstance(known, str) or need["shared"] <= known, (table, size, capability, kernel, need, known)
+        fits = isinstance(known, str) or "error" not in need and need["shared"] <= known[0] and need["spills"] <= known[1]
+        assert fits, (table, size, capability, kernel, need, known)
 
 
 def _environment() -> dict[str, str]:

@@ -9,10 +9,10 @@ import zoo
 
 import moepatch
 from moepatch import carrying_out, surgery
-from moepatch.experts import expert_list
+from moepatch.experts import expert_list, listed as listed_weights
 from moepatch.layers.attention import kind as attention_kind
 
-FILES = {module.__file__ for module in (carrying_out, surgery, expert_list, attention_kind)}
+FILES = {module.__file__ for module in (carrying_out, surgery, expert_list, listed_weights, attention_kind)}
 DO, UNDO = {"carry_out", "apply_pattern", "apply_models", "relayout", "do"}, {"undo"}
 
 
@@ -56,7 +56,6 @@ def places(seen):
     return sorted({(line, count) for line in seen for count in (1, seen.count(line))})
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_while_it_is_patched(family):
     model = zoo.build(family)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import io
 import itertools
 import pickle
+import weakref
 
 import compare
 import pytest
@@ -186,6 +188,27 @@ def test_in_fp16_small_gradients_survive_until_the_loss_is_scaled():
     assert all(compare.error(a, t) <= max(1.5 * compare.error(z, t), 1e-4) for a, z, t in zip(ours, theirs, truth, strict=True))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [512, 4096])
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("factor", [2.0**-10, 1.0, 2.0**10])
+def test_in_fp16_sums_are_divided_before_they_are_rounded(factor, mean, rows, bias):
+    """Finite wherever plain logits are, and as near to the truth: 4,096 rows that all say the same have a sum that fp16 cannot hold."""
+    g = torch.Generator().manual_seed(0)
+    x = (40 + 0.1 * torch.randn(4096, 32, generator=g)).half().requires_grad_()
+    w = (0.002 * torch.randn(64, 32, generator=g)).half().requires_grad_()
+    b = torch.zeros(64).half().requires_grad_() if bias else None
+    labels = torch.full((4096,), 7)
+    formula, factor = Formula(mean=mean), factor if mean else factor / 4096
+    exact = [t if t is None else t.detach().double().requires_grad_() for t in (x, w, b)]
+    truth = gradients(reference(*exact, labels, formula) * factor, *exact)
+    theirs = gradients(reference(x, w, b, labels, formula) * factor, x, w, b)
+    ours = gradients(linear_cross_entropy(x, w, b, labels, formula, workspace=rows * 64 * 2) * factor, x, w, b)
+    for a, z, true in zip(ours, theirs, truth, strict=True):
+        if z.isfinite().all():
+            assert a.isfinite().all() and compare.error(a, true) <= max(1.5 * compare.error(z, true), 1e-3)
+
+
 @pytest.mark.parametrize(("tokens", "vocab"), [(16384, 151936), (4096, 151936), (8192, 262144), (100, 151936), (16384, 32000), (5000, 50257)])
 def test_chunks_fit_into_the_buffer_and_are_even(tokens, vocab):
     rows = chunk_rows(tokens, vocab, 2, WORKSPACE)
@@ -336,12 +359,62 @@ def test_modes_are_those_of_the_forward_pass():
     assert (low + 0).dtype == torch.bfloat16
 
 
-def test_logits_of_a_weight_that_has_changed_are_refused():
-    x, *_ = deferred()
+def no_grad_mul(t):
     with torch.no_grad():
-        x._steps.head.module.weight.mul_(2)
-    with pytest.raises(MoePatchError, match=r"before `optimizer.step\(\)`"):
-        x.sum()
+        t.mul_(2)
+
+
+CHANGES = {
+    "optimizer": lambda head, hidden: no_grad_mul(head.weight),
+    "data": lambda head, hidden: head.weight.data.add_(1e-3),
+    "memory": lambda head, hidden: head.weight.detach().numpy().__imul__(2),
+    "bias": lambda head, hidden: head.bias.data.add_(1e-3),
+    "hidden": lambda head, hidden: no_grad_mul(hidden),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_logits_of_what_has_changed_are_refused(change):
+    x, _, hidden, _ = deferred(bias=True)
+    loss = F.cross_entropy(x.view(-1, V), torch.arange(12))
+    x.retain_grad()
+    loss.backward()
+    change(x._steps.head.module, hidden)
+    for look in (lambda: x.sum(), lambda: x.grad.sum(), lambda: x.detach().float().tolist(), lambda: repr(x)):
+        with pytest.raises(MoePatchError, match=r"before `optimizer.step\(\)`"):
+            look()
+
+
+def test_other_memory_in_the_place_of_the_weights_changes_nothing():
+    x, plain, *_ = deferred()
+    head = x._steps.head.module
+    head.weight.data = torch.zeros_like(head.weight)
+    assert torch.equal(x + 0, plain)
+    x, plain, *_ = deferred()
+    x._steps.head.module.to(torch.float64)
+    assert torch.equal(x + 0, plain)
+
+
+def test_operators_that_change_a_shape_in_place_are_refused():
+    x, *_ = deferred()
+    with pytest.raises(MoePatchError, match="changes the shape"):
+        x.detach().resize_(3)
+
+
+def test_nothing_holds_itself():
+    """Who drops output and loss frees hidden states and logits at once: no circle waits for the garbage collector."""
+    for make in (lambda: deferred()[0], lambda: torch.tanh(deferred()[0][:, 1:].float() / 3.0) * 3.0):
+        made = make()
+        head = weakref.ref(made._steps.head)
+        gc.collect()
+        gc.disable()
+        try:
+            loss = F.cross_entropy(made.flatten(0, 1), torch.zeros(made.shape[:2].numel(), dtype=torch.long)) + made.sum()
+            loss.backward()
+            del made, loss
+            assert head() is None
+        finally:
+            gc.enable()
 
 
 # --- models --------------------------------------------------------------------------------------------------------------------------
@@ -774,6 +847,12 @@ def sharded(reshard):
     assert compare.error(output.logits.detach(), logits[rank][1]) <= 1e-6  # from the shards, which every rank does
     for (name, p), q in zip(model.named_parameters(), truth.parameters(), strict=True):
         assert compare.error(p.grad.full_tensor(), q.grad) <= 1e-5, name
+    late = model(**tokens(model, (2, 8 + rank))).logits
+    with torch.no_grad():
+        for p in model.parameters():
+            p.data.add_(0.1)
+    with pytest.raises(MoePatchError, match="has changed since"):
+        late.sum()
 
 
 @pytest.mark.parametrize("reshard", [False, True])

@@ -193,7 +193,8 @@ def test_flash_linear_attention_is_for_low_precision():
 
 
 @pytest.mark.parametrize(("capability", "triton", "tilelang", "refused"), [
-    ((9, 0), "3.6.0", False, True), ((9, 0), "3.6.0", True, False), ((9, 0), "3.7.1", False, False), ((9, 0), "3.3.1", False, False), ((10, 0), "3.6.0", False, False),
+    ((9, 0), "3.6.0", False, True), ((9, 0), "3.6.0", True, False), ((9, 0), "3.7.1", False, False), ((9, 0), "3.3.1", False, False),
+    ((10, 0), "3.6.0", False, False),
 ])  # fmt: skip
 def test_flash_linear_attention_is_not_chosen_where_it_refuses_its_backward(capability, triton, tilelang, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)

@@ -113,8 +113,12 @@ def more_norms(model):
 
 
 NEARLY = {
-    "quantized projections": ("qwen3_moe", quantize, "attention_block", "2 × Qwen3MoeAttention keep their own forward: its projections are Linear4bit, not Linear"),
-    "an attention with one child more": ("qwen3_moe", attention_child, "attention_block", "2 × Qwen3MoeAttention keep their own forward: gate_proj is a Linear4bit"),
+    "quantized projections": (
+        "qwen3_moe", quantize, "attention_block", "2 × Qwen3MoeAttention keep their own forward: its projections are Linear4bit, not Linear"
+    ),
+    "an attention with one child more": (
+        "qwen3_moe", attention_child, "attention_block", "2 × Qwen3MoeAttention keep their own forward: gate_proj is a Linear4bit"
+    ),
     "an odd activation": ("deepseek_v3", odd_activation, "mlp", "3 × DeepseekV3MLP keep their own forward: its activation (Odd) is none that is known"),
     "fp8 weights": ("deepseek_v3", fp8, "mlp", "DeepseekV3MLP keeps its own forward: down_proj.weight is float8_e4m3fn"),
     "an MLP with one weight more": ("deepseek_v3", mlp_weight, "mlp", "DeepseekV3MLP keeps its own forward: beside its projections it has scale"),
@@ -123,7 +127,8 @@ NEARLY = {
     "a layer around such norms": ("qwen3_moe", norm_bias, "residual", "2 × Qwen3MoeDecoderLayer keep their own forward: "),
     "an MLP with dropout": ("deepseek_v3", drop_out, "mlp", "Mlp keeps its own forward: it drops numbers out in training (drop, p=0.1)"),
     "a layer with norms of two dtypes": (
-        "qwen3_moe", layer_norms_of_two_dtypes, "residual", "Qwen3MoeDecoderLayer keeps its own forward: its weights have mixed dtypes (input_layernorm.weight bfloat16"
+        "qwen3_moe", layer_norms_of_two_dtypes, "residual",
+        "Qwen3MoeDecoderLayer keeps its own forward: its weights have mixed dtypes (input_layernorm.weight bfloat16"
     ),
     "a LayerNorm": ("qwen3_moe", layer_norm, "norm", "LayerNorm keeps its own forward: it is a LayerNorm, which subtracts the mean"),
     "a layer with four norms": ("qwen3_moe", more_norms, "residual", "2 × Qwen3MoeDecoderLayer keep their own forward: it has 4 norms"),
@@ -346,7 +351,10 @@ def test_a_list_of_experts_beside_more_children_says_which():
     assert refusal.reason == "beside its router gate and its list of experts experts it has extra"
 
 
-@pytest.mark.parametrize("key", [k for k, v in zoo.config("qwen3_moe").to_dict().items() if type(v) is int and k.endswith(("size", "dim", "layers", "experts"))])
+SIZES = [k for k, v in zoo.config("qwen3_moe").to_dict().items() if type(v) is int and k.endswith(("size", "dim", "layers", "experts"))]
+
+
+@pytest.mark.parametrize("key", SIZES)
 def test_sizes_of_zero_are_said_in_words(key):
     settings = {k: v for k, v in zoo.config("qwen3_moe").to_dict().items() if k not in ("rope_parameters",)}
     try:

@@ -216,7 +216,9 @@ ANSWERS = {
     "an unknown kind": (lambda found: site_of(found, kind="mine", spec=Spec()), "'mine', which nobody has registered: call moepatch.register_kind"),
     "something else": (lambda found: True, "answered True"),
     "other names": (lambda found: site_of(found, fqns=("here",), spec=Spec()), "fqns has to be found.fqns"),
-    "a spec of another kind": (lambda found: site_of(found, kind="scored_block", spec=Spec()), "a spec .Spec. that the kind 'scored_block' cannot use: AttributeError"),
+    "a spec of another kind": (
+        lambda found: site_of(found, kind="scored_block", spec=Spec()), "a spec .Spec. that the kind 'scored_block' cannot use: AttributeError"
+    ),
     "a list": (lambda found: site_of(found, spec=[1]), "cannot use: TypeError: unhashable"),
     "no dtype": (lambda found: site_of(found, kind="own", spec=Spec(), dtype="torch.bfloat16"), "the name of a dtype of torch"),
     "an inner module that is not there": (lambda found: site_of(found, kind="deep", spec=Spec()), "'a.b' inside it, and there is no such module"),
@@ -230,7 +232,8 @@ ANSWERS = {
 def test_what_a_matcher_gets_wrong_names_it_and_the_module(case, clean):
     answer, words = ANSWERS[case]
     for name, injections in (("own", {"": (Mine, 1)}), ("deep", {"a.b": (Mine, 1)}), ("bare", {"": (OddNorm, 1)})):
-        moepatch.register_kind(moepatch.Kind(name=name, pattern=name, backends=name, injections=lambda spec, backend, implementation, i=injections: i, dense=True))
+        made = moepatch.Kind(name=name, pattern=name, backends=name, injections=lambda spec, backend, implementation, i=injections: i, dense=True)
+        moepatch.register_kind(made)
     moepatch.register_matcher("wrong", priority=1000)(lambda found, scan, memo: answer(found) if found.fqn == "model.norm" else None)
     model = zoo.build("qwen3_moe")
     with pytest.raises(moepatch.MoePatchError, match=words) as raised:
@@ -298,7 +301,8 @@ def doubled_call(spec, dtype, device, generator):
 def test_a_kind_of_a_mixture_that_does_not_say_what_its_experts_are(clean):
     moepatch.register_backend("own", "reference", rank=0)(lambda: lambda x, weights: x * sum(weights))
     moepatch.register_kind(kind(injections=lambda spec, backend, implementation: {"": (ServedDoubled, backend)}, trial=doubled_call))
-    moepatch.register_matcher("own", priority=1000)(lambda found, scan, memo: site_of(found, kind="own", spec=Spec()) if type(found.module) is Doubled else None)
+    register = moepatch.register_matcher("own", priority=1000)
+    register(lambda found, scan, memo: site_of(found, kind="own", spec=Spec()) if type(found.module) is Doubled else None)
     model = zoo.build("qwen3_moe")
     model.model.norm = nn.Sequential(model.model.norm, Doubled())
     given = zoo.inputs("qwen3_moe", model)

@@ -107,7 +107,8 @@ def test_a_backend_that_computes_something_else_is_caught_and_rolled_back(qwen3)
 
     before = facts(qwen3)
     try:
-        with pytest.raises(moepatch.NumericMismatch, match=r"layers\.0\.mlp\.experts.*'wrong' does not compute.*output 1\.0e-03 \(limit 1\.0e-05\).*rolled back"):
+        words = r"layers\.0\.mlp\.experts.*'wrong' does not compute.*output 1\.0e-03 \(limit 1\.0e-05\).*rolled back"
+        with pytest.raises(moepatch.NumericMismatch, match=words):
             moepatch.optimize(qwen3, experts="wrong")
         assert facts(qwen3) == before
         moepatch.optimize(qwen3, experts="wrong", verify=False)

@@ -60,7 +60,9 @@ class Mover:
             self._grow((out, back), x_TH.device, group)
         return edges
 
-    def dispatch(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, edges: Edges, local_experts: int, num_sms: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def dispatch(
+        self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, edges: Edges, local_experts: int, num_sms: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, global ids and weights of all ranks to this rank's rows ``x_NH``, ``ids_NK`` and ``weights_NK``."""
         (hidden, top_k), small = (x_TH.shape[1], ids_TK.shape[1]), wire_dtype(weights_TK.dtype)
         if edges.rows == 0:

@@ -107,7 +107,8 @@ class HostNumbers:
         if not turn.begins and turn.chain is self.chain and self.calls <= self.until:
             if value != self.known[self.rank]:
                 raise ValueError(
-                    f"symm_mem: {value} tokens in a layer where {self.known[self.rank]} were announced: layers of one list had as many each in the pass before. "
+                    f"symm_mem: {value} tokens in a layer where {self.known[self.rank]} were announced: "
+                    "layers of one list had as many each in the pass before. "
                     "Use dispatch='all_to_all' for a model whose layers differ in this."
                 )
             return self.known

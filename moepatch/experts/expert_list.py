@@ -10,20 +10,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from ..autocast import autocast_dtype
 from ..errors import MoePatchError
 from ..layout.adjacent import own_storage
 from ..layout.experts import Weight
 from ..layout.ops import Flatten, Stack, Unflatten
-from ..surgery import Patched, ReplaceState, Step
-from .module import ExpertsState, PatchedExperts, cannot_follow
-from .spec import ExpertsSpec
+from ..registry import compute
+from ..surgery import Patched, ReplaceState, Step, gradient_hook_on, is_bare
+from ..watch import Change
+from .listed import HELD, JoinExperts, Listed, Whole, stacked
+from .module import ExpertsState, PatchedExperts, SeesRoutes, cannot_follow
+from .spec import ExpertsSpec, ExpertWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,7 @@ class ExpertListSpec:
         normalised: whether the chosen weights are divided by their sum.
         returns_logits: whether the block returns ``(tokens, router logits)`` or tokens alone.
         linear: what the router computes in, one of `layers.router.LINEARS`.
+        idle_zero: whether the weights of an expert without tokens get gradients of zeros, for it is called all the same, or none at all.
         router_name, experts_name: the block's children.
         gate_name, up_name, down_name: an expert's.
     """
@@ -50,6 +57,7 @@ class ExpertListSpec:
     up_name: str
     down_name: str
     linear: str = "own"
+    idle_zero: bool = False
 
     def weights(self) -> dict[str, Weight]:
         """For each stacked parameter, the children's that hold it: gate and up of an expert follow each other."""
@@ -83,33 +91,58 @@ class ExpertListState:
 
 
 class PatchedExpertListBlock(Patched):
-    """Takes ``hidden_states [..., H]``."""
+    """Takes ``hidden_states [..., H]``.
+
+    It keeps to the family's own forward as long as an expert is more or something else than it was at the patch (a hook, an adapter, another
+    activation): only what is called can have its effect.
+    """
 
     _moepatch: ExpertListState
 
     def traced(self, family, own, args, kwargs):
-        """As `Patched.traced`: the family's loop over a list would find it empty."""
-        return own(*args, **kwargs)
+        """As `Patched.traced`: the family's loop over a stacked list would find it empty."""
+        return (own if self._is_stacked() else family)(*args, **kwargs)
 
     def leave_to_family(self) -> None:
-        """Raises: the family's code calls experts that are stacked now.
+        """Raises if the family's code calls experts that are stacked now.
 
         Raises:
-            MoePatchError: always.
+            MoePatchError: they are.
         """
-        raise MoePatchError(cannot_follow(self, "its own code calls experts one by one, and they are stacked into one weight"))
+        if self._is_stacked():
+            raise MoePatchError(cannot_follow(self, "its own code calls experts one by one, and they are stacked into one weight"))
 
-    def forward(self, hidden_states):
-        """See the class."""
+    def _is_stacked(self) -> bool:
+        return isinstance(self._modules[self._moepatch.spec.experts_name], EmptiedList)
+
+    def forward(self, *args, **kwargs):
+        """See the class; keywords go by the family's own name."""
         spec = self._moepatch.spec
+        experts = self._modules[spec.experts_name]
+        (hidden_states,) = (*args, *kwargs.values())
+        is_list = isinstance(experts, PatchedExpertList)
+        wholes = experts.wholes(hidden_states) if is_list else None
+        if is_list and wholes is None or not isinstance(experts, PatchedExperts):
+            return super().forward(*args, **kwargs)
         x_TH = hidden_states.flatten(0, -2)
-        logits_TE = _logits(self.get_submodule(spec.router_name), x_TH, spec.linear)
+        logits_TE = _logits(self._modules[spec.router_name], x_TH, spec.linear)
         weights_TK, ids_TK = torch.softmax(logits_TE, dim=-1, dtype=torch.float32).topk(spec.top_k, dim=-1)
         if spec.normalised:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        y_TH = self.get_submodule(spec.experts_name)(x_TH, ids_TK, weights_TK.to(x_TH.dtype))
+        call = experts if _is_called(experts) else experts.forward
+        y_TH = call(x_TH, ids_TK, weights_TK.to(x_TH.dtype), *([wholes] if is_list else []))
         y = y_TH.view(hidden_states.shape)
         return (y, logits_TE) if spec.returns_logits else y
+
+
+def _is_called(experts: nn.Module) -> bool:
+    """Whether the list is to be called as modules are: by what moepatch looks at routing with, and where weights are gathered around a call.
+
+    The family never calls it, so nobody else's hooks on it are meant for this call.
+    """
+    if not isinstance(experts, PatchedExpertList) or isinstance(experts, FSDPModule):
+        return True
+    return any(isinstance(hook, SeesRoutes) for hooks in (experts._forward_hooks, experts._forward_pre_hooks) for hook in hooks.values())
 
 
 def _logits(router: nn.Linear, x_TH: Tensor, linear: str) -> Tensor:
@@ -120,36 +153,153 @@ def _logits(router: nn.Linear, x_TH: Tensor, linear: str) -> Tensor:
 
 @dataclass(frozen=True)
 class ListedState(ExpertsState):
-    """The state of a list whose children are still there: also how to stack them."""
+    """The state of a list whose children are still there: also how to stack their weights.
+
+    Attributes:
+        weights: for each stacked tensor, the children's.
+        idle_zero: whether weights of experts without tokens get gradients of zeros, or none at all.
+    """
 
     weights: Mapping[str, Weight] = field(default_factory=dict, hash=False)
+    idle_zero: bool = False
 
 
 class PatchedExpertList(PatchedExperts):
-    """The list before its layout is changed: it computes with weights that are stacked in each call. For trials."""
+    """The list with its children: they keep their parameters, and a call computes with those stacked (see `listed`)."""
 
     _moepatch: ListedState
 
-    @property
-    def gate_up_proj(self) -> Tensor:
-        return self._moepatch.weights["gate_up_proj"].canonical(self)
+    def wholes(self, hidden_states: Tensor) -> Mapping[str, Whole] | None:
+        """What a call computes with, for `forward`; empty where nothing is kept. None: only calling the experts themselves will do."""
+        if torch.compiler.is_compiling():
+            return {} if _are_linear(self, self._moepatch.weights) else None
+        held = vars(self).get(HELD)
+        if held is None:  # a trial
+            return {}
+        if not held.is_unchanged() or self._moepatch_watch is not None and self._moepatch_watch.changed(self):
+            self.changes()
+            return None
+        wholes = held.wholes()
+        if wholes is None:
+            held.changes(self)
+        mixed = wholes and wholes["down_proj"].numbers.dtype is not hidden_states.dtype and autocast_dtype(hidden_states.device) is None
+        return None if mixed else wholes
 
-    @property
-    def down_proj(self) -> Tensor:
-        return self._moepatch.weights["down_proj"].canonical(self)
+    def changes(self) -> tuple[Change, ...]:
+        """As `Patched.changes`, of everything inside the experts, too."""
+        held = vars(self).get(HELD)
+        return (*super().changes(), *(held.changes(self) if held is not None else ()))
+
+    def met(self) -> tuple[Change, ...]:
+        """As `Patched.met`."""
+        held = vars(self).get(HELD)
+        return (*super().met(), *(held.said if held is not None else ()))
+
+    def leave_to_family(self) -> None:
+        """Nothing: the block asks the list first, and the family calls its elements."""
+
+    def forward(self, hidden_states, topk_ids, topk_weights, wholes):
+        """As `PatchedExperts`, of tokens ``[T, H]``, with what `wholes` returns."""
+        state = self._moepatch
+        if wholes:
+            weights = stacked(wholes, topk_ids, state.spec.num_experts, state.idle_zero)
+        else:
+            weights = {name: weight.canonical(self) for name, weight in state.weights.items()}
+        dtype = autocast_dtype(hidden_states.device) or weights["down_proj"].dtype
+        operands = ExpertWeights(SimpleNamespace(**weights), state.spec, None, dtype)
+        return compute("experts", state.backend)(hidden_states.to(dtype), topk_ids, topk_weights, operands).to(hidden_states.dtype)
+
+    def _apply(self, fn, recurse=True):
+        """Weights that are moved to another device or dtype are moved beside each other again."""
+        held = vars(self).get(HELD)
+        moved = super()._apply(fn, recurse)
+        if held is not None:
+            held.join()
+        return moved
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        vars(replica).pop(HELD, None)
+        return replica
+
+    def __getstate__(self):
+        # A copy has parameters of its own, and so needs buffers of its own.
+        return {key: value for key, value in vars(self).items() if key != HELD}
+
+    def made_again(self) -> None:
+        """Puts the weights of a copy beside each other."""
+        held = vars(self)[HELD] = Listed(self, self._moepatch.weights)
+        held.join()
+
+
+def _are_linear(experts: nn.Module, weights: Mapping[str, Weight]) -> bool:
+    """The same question as `Listed.is_unchanged`, in a form that torch.compile can follow and guard."""
+    layers = [experts.get_submodule(path.rpartition(".")[0]) for weight in weights.values() for path in weight.names]
+    return all(type(layer) is nn.Linear and layer.bias is None for layer in layers) and all(is_bare(m) for m in experts.modules() if m is not experts)
 
 
 def inject_expert_list(spec: ExpertListSpec, backend: str, implementation: str | None):
     """The injections of the kind."""
-    listed = ListedState(spec.experts, backend, None, spec.weights())
+    listed = ListedState(spec.experts, backend, None, spec.weights(), spec.idle_zero)
     return {"": (PatchedExpertListBlock, ExpertListState(spec)), spec.experts_name: (PatchedExpertList, listed)}
 
 
+def join_expert_list(block: nn.Module, spec: ExpertListSpec) -> tuple[Step, ...]:
+    """The change of layout of the kind on one device, after the injections. Two blocks may share a list."""
+    experts = block.get_submodule(spec.experts_name)
+    return () if HELD in vars(experts) else (JoinExperts(experts, spec.weights()),)
+
+
 def stack_expert_list(block: nn.Module, spec: ExpertListSpec) -> tuple[Step, ...]:
-    """The change of layout of the kind, after the injections."""
+    """The change of layout of the kind on a mesh, after the injections: only whole parameters can be spread over ranks."""
     experts = block.get_submodule(spec.experts_name)
     stacked = ExpertsState(spec.experts, experts._moepatch.backend, None)
-    return ReplaceState(experts, PatchedExperts, stacked), StackExperts(experts, spec.weights())
+    return ReplaceState(experts, PatchedExperts, stacked, under=EmptiedList), StackExperts(experts, spec.weights())
+
+
+class EmptiedList(Patched):
+    """A list whose elements' weights have become its own parameters: whoever asks for an element is told so."""
+
+    def __getitem__(self, index):
+        raise MoePatchError(
+            f"Expert {index} is no module of its own now: on a mesh the weights of all experts are stacked ({', '.join(self._parameters)}) and spread over "
+            f"ranks. state_dict() has them under their names, and moepatch.restore(model) brings the modules back."
+        )
+
+    def __iter__(self):
+        return iter(self[:])
+
+    def __len__(self):
+        return vars(self._moepatch).get("num_experts", self._moepatch.spec.num_experts)  # of all ranks
+
+    def __bool__(self):
+        return True
+
+    def __repr__(self):
+        return nn.Module.__repr__(self)
+
+
+def why_not_stacked(block: nn.Module, spec: ExpertListSpec, model: nn.Module) -> str | None:
+    """What would be lost if the experts of a list became two parameters, in words; None if nothing."""
+    experts = block.get_submodule(spec.experts_name)
+    names = {path: experts.get_parameter(path) for weight in spec.weights().values() for path in weight.names}
+    for weight in spec.weights().values():
+        frozen = [path for path in weight.names if not names[path].requires_grad]
+        if 0 < len(frozen) < len(weight.names):
+            some = f"some of its experts are frozen and some are not ({spec.experts_name}.{frozen[0]} is)"
+            return f"{some}, and spread over ranks they can only be both or neither"
+    for path, parameter in names.items():
+        hook = gradient_hook_on(parameter)
+        if hook is not None:
+            return f"{spec.experts_name}.{path} has a hook on its gradient ({hook}), and spread over ranks it is a part of another parameter"
+    buffer = next((path for path, _ in experts.named_buffers()), None)
+    if buffer is not None:
+        return f"its experts have buffers ({spec.experts_name}.{buffer}), and spread over ranks they are two parameters"
+    if sum(child is experts for module in model.modules() for child in module._modules.values()) > 1:
+        return f"its list of experts {spec.experts_name} is part of another module, too"
+    own, held = {id(p) for p in names.values()}, {id(m) for m in experts.modules()}
+    tied = next((f"{path}.{name}" for path, m in model.named_modules() for name, p in m._parameters.items() if id(p) in own and id(m) not in held), None)
+    return None if tied is None else f"one of its experts' weights is that of {tied}, too"
 
 
 @dataclass
@@ -170,9 +320,6 @@ class StackExperts:
     def do(self) -> None:
         """Stacks."""
         parts = {name: [self.module.get_parameter(path) for path in weight.names] for name, weight in self.weights.items()}
-        for name, group in parts.items():
-            if len({p.requires_grad for p in group}) > 1:
-                raise MoePatchError(f"Some of the experts are frozen and some are not ({name}); stacked they can only be both or neither.")
         self.parts = parts
         for name, weight in self.weights.items():
             stacked = nn.Parameter(weight.canonical(self.module).detach(), requires_grad=parts[name][0].requires_grad)

@@ -34,6 +34,10 @@ class ExpertsState:
         return f"{self.spec.describe()}, backend={self.backend}"
 
 
+class SeesRoutes:
+    """Base of moepatch's own hooks on experts, by which calls are told that are made for them."""
+
+
 class PatchedExperts(Patched):
     """Computes ``experts(hidden_states, top_k_index, top_k_weights)`` with a backend.
 
@@ -60,6 +64,9 @@ class PatchedExperts(Patched):
     def forward(self, *args, **kwargs):
         """See the class; keywords go by the family's own names."""
         if len(args) + len(kwargs) == 1:  # a scored block that leaves its work to the family calls its experts as the family does
+            self.leave_to_family()
+            return super().forward(*args, **kwargs)
+        if are_quantized(self):
             self.leave_to_family()
             return super().forward(*args, **kwargs)
         if kwargs:
@@ -107,6 +114,12 @@ def own_gate(module: nn.Module, spec: ExpertsSpec):
     if not spec.activation.is_own:
         return None
     return module.act_fn if spec.layout.gate_form == "none" else module._apply_gate
+
+
+def are_quantized(module: PatchedExperts) -> bool:
+    """Whether the weights of patched experts were quantized since the patch: only the family's code can compute with them then."""
+    layout = module._moepatch.spec.layout
+    return layout.up.is_quantized(module) or layout.down.is_quantized(module)
 
 
 def _compute_dtype(module: nn.Module, spec: ExpertsSpec, device: torch.device) -> torch.dtype:

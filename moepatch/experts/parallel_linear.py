@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..autocast import autocast_dtype
 from ..layout.experts import Weight
+from ..once import once_differentiable
 from ..registry import compute
 from ..surgery import Patched
 from .gemm import rows_times, weight_gradient
@@ -53,7 +54,8 @@ class ParallelLinearSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"num_experts": self.num_experts, "in_features": self.in_features, "out_features": self.out_features, "layout": "3-D, one linear" + (", transposed" if self.weight.ops else "")}
+        layout = "3-D, one linear" + (", transposed" if self.weight.ops else "")
+        return {"num_experts": self.num_experts, "in_features": self.in_features, "out_features": self.out_features, "layout": layout}
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class PatchedParallelLinear(Patched):
     _moepatch: ParallelLinearState
 
     def forward(self, inputs: Tensor, expert_size: Sequence[int] | Tensor) -> Tensor:
+        if self._moepatch.spec.weight.is_quantized(self):
+            return super().forward(inputs, expert_size)
         weight = self._moepatch.spec.weight.canonical(self)
         dtype = autocast_dtype(inputs.device) or weight.dtype
         run = compute("parallel_linear", self._moepatch.backend)
@@ -103,7 +107,7 @@ class _GroupedLinear(torch.autograd.Function):
         return rows_times(x_RA, w_EBA, offs_E)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_RB):
         x_RA, w_EBA, offs_E = ctx.saved_tensors
         needs_x, needs_w, _ = ctx.needs_input_grad

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..surgery import Patched, is_as_patched
+from .module import are_quantized
 from .spec import ExpertsSpec
 
 
@@ -64,7 +65,7 @@ class PatchedScoredBlock(Patched):
         """See the class."""
         spec = self._moepatch.spec
         experts = self.get_submodule(spec.experts_name)
-        if not is_as_patched(experts):  # the family's block calls them otherwise
+        if not is_as_patched(experts) or are_quantized(experts):  # the family's block calls them otherwise
             return super().forward(hidden_states)
         x_TH = hidden_states.flatten(0, -2)
         scores_TE, logits = self.get_submodule(spec.router_name)(x_TH)

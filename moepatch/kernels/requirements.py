@@ -1,7 +1,8 @@
 """What the own kernels need of a GPU, as data: `requirements.json` beside this file, written by bench/kernel_requirements.py.
 
 Every kernel was compiled for every known compute capability, in the forms that models make it launch there. What is compared is what would stop a
-launch: shared memory, and whether Triton's compiler takes the kernel at all. Registers that do not suffice are spilled, which only costs time.
+launch: shared memory, and whether Triton's compiler takes the kernel at all; and what would make it pointless: registers that do not suffice are
+spilled to the stack, and a kernel that keeps most of its numbers there waits for memory.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from ..gpus import Gpu, described
 from ..needs import UP_TO_FP32, missing
 
 _FILE = Path(__file__).with_name("requirements.json")
+#: Bytes of stack a thread that a kernel may have. The own kernels have up to 3,200 on the H200, and are the fastest there is on it; where they are
+#: compiled to 4 to 23 thousand, most of what a thread holds lies in memory.
+_STACK = 4096
 
 
 @functools.cache
 def requirements() -> dict:
-    """The file: the version of Triton, and by table, size, dtype and capability the most bytes of shared memory of a block, or words."""
+    """The file: the version of Triton, and by table, size, dtype and capability the bytes of shared memory of a block and of stack of a thread, or words."""
     return json.loads(_FILE.read_text())
 
 
@@ -53,7 +57,18 @@ def why_not(table: str, dtype: torch.dtype, device: torch.device | Gpu, size: st
     need = by_capability[str(capability)]
     if isinstance(need, str):
         triton = requirements()["triton"]
-        return f"Triton {triton} cannot compile its kernels for {gpu}: {need}" if importlib.metadata.version("triton") == triton else None
-    if need > gpu.shared:
-        return f"needs {need / 1024:.0f} KiB of shared memory a block, {gpu} has {gpu.shared / 1024:.0f} KiB"
+        return f"Triton {triton} cannot compile its kernels for {gpu}: {need}" if _triton() in (triton, None) else None
+    shared, stack = need
+    if shared > gpu.shared:
+        return f"needs {shared / 1024:.0f} KiB of shared memory a block, {gpu} has {gpu.shared / 1024:.0f} KiB"
+    if stack > _STACK:
+        return f"its kernels spill {stack} bytes of registers a thread on {gpu}, more than {_STACK}: too slow"
     return None
+
+
+def _triton() -> str | None:
+    """The version that is here."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ..autocast import autocast_dtype
 from ..kind import Kind
 from ..layout.adjacent import Adjacent
+from ..quantized import is_plain_linear
 from ..registry import compute
 from ..surgery import Step, is_bare, original_class
 from ..trial import Call
@@ -125,7 +126,7 @@ class AttentionBlockState:
 class PatchedAttentionBlock(ByRole):
     """Computes what the family's forward does, with its arguments, and returns what it returns: the result and the attention weights.
 
-    A projection or a norm that is more than it was (a LoRA layer, hooks) is called as it is.
+    A projection or a norm that is more than it was (a LoRA layer, hooks, quantized weights) is called as it is.
     """
 
     takes_children = True
@@ -153,8 +154,7 @@ class PatchedAttentionBlock(ByRole):
         y, attention_weights = attend(self, q, k, v, given.mask, **arguments, **(given.extra if spec.roles.extra else {}))
         y = self._gated(spec, y, gate, hidden_states).reshape(*hidden_states.shape[:-1], -1)
         output = self._modules[spec.output]
-        plain = backend in PROJECTIONS and type(output) is nn.Linear and is_bare(output)
-        return project(backend, y, output) if plain else output(y), attention_weights
+        return project(backend, y, output) if backend in PROJECTIONS and is_plain_linear(output) else output(y), attention_weights
 
     def _at_once(self, spec: AttentionBlockSpec, attend, x: Tensor, tables, mask, arguments: Mapping[str, Any], cached: bool):
         """The result as one function (see `attention_span`); None where a part of it is more than it was, or needs more than kernels without autograd."""
@@ -162,7 +162,7 @@ class PatchedAttentionBlock(ByRole):
         linears = [modules[name] for name in spec.inputs] + [modules[spec.output]]
         if spec.gate is not None or heads.gated or autocast_dtype(x.device) is not None:
             return None
-        if not all(type(linear) is nn.Linear and is_bare(linear) for linear in linears) or not _as_matched(linears[:-1], spec):
+        if not all(map(is_plain_linear, linears)) or not _as_matched(linears[:-1], spec):
             return None
         norms = [modules[name] for name in spec.norms]
         if not all(is_bare(norm) and original_class(norm) is spec.norm_class for norm in norms):
@@ -198,7 +198,7 @@ class PatchedAttentionBlock(ByRole):
     def _projected(self, spec: AttentionBlockSpec, backend: str, x: Tensor) -> Tensor:
         """``[B, S, N]``: queries, keys, values."""
         layers = [self._modules[name] for name in spec.inputs]
-        if not all(type(layer) is nn.Linear and is_bare(layer) for layer in layers) or not _as_matched(layers, spec):
+        if not all(map(is_plain_linear, layers)) or not _as_matched(layers, spec):
             return torch.cat([layer(x) for layer in layers], -1)
         return project(backend, x, *layers)
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..kind import Kind
+from ..quantized import is_plain_linear
 from ..registry import compute
-from ..surgery import is_bare, original_class
+from ..surgery import original_class
 from ..trial import Call
 from .attention_block import attention_functions, is_fresh
 from .latent_heads import TURNS, LatentHeads, tables_of
@@ -138,7 +139,7 @@ class PatchedLatent(ByRole):
 
 def _makes_its_own(projection: nn.Module) -> bool:
     """Whether what a projection returns is seen by nobody else, and not kept for its backward pass."""
-    return type(projection) is nn.Linear and is_bare(projection) and not torch_module._has_any_global_hook()
+    return is_plain_linear(projection) and not torch_module._has_any_global_hook()
 
 
 def _inject(spec: LatentSpec, backend: str, implementation: str | None):

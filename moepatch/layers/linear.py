@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..autocast import autocast_dtype
 from ..kind import Kind
 from ..layout.adjacent import joint_linear
+from ..quantized import is_plain
 from ..registry import compute
 from ..surgery import Patched
 from ..trial import Call
@@ -62,13 +63,15 @@ class LinearState:
 
 
 class PatchedLinear(Patched):
-    """Computes ``linear(x [..., K]) -> [..., N]`` with a backend, in autocast's dtype where autocast is on."""
+    """Computes ``linear(x [..., K]) -> [..., N]`` with a backend, in autocast's dtype where autocast is on; what was quantized since, as torch does."""
 
     reads_shapes = False
     _moepatch: LinearState
 
     def forward(self, input):
         """See the class; the argument is called as in ``nn.Linear``."""
+        if not is_plain(self.weight, self.bias):
+            return super().forward(input)
         return _cast_and_run(compute("linear", self._moepatch.backend), input, (self,))
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
@@ -19,6 +18,8 @@ from ..experts.activation import Activation, split_gate
 from ..kernels.gated import gated_backward, gated_backward_reference, gated_forward, gated_forward_reference
 from ..kind import Kind
 from ..layout.adjacent import Adjacent, adjacent, joined
+from ..once import once_differentiable
+from ..quantized import is_plain_linear
 from ..registry import compute
 from ..surgery import Patched, is_bare
 from ..trial import Call
@@ -110,7 +111,7 @@ class MlpWeights(NamedTuple):
 class PatchedMlp(Patched):
     """Computes ``mlp(x [..., H]) -> [..., H]`` with a backend, in autocast's dtype where autocast is on, as ``nn.Linear`` does.
 
-    It keeps to the family's own forward as long as a child is more than it was (a LoRA layer, a parametrized or hooked one, a bias that is new):
+    It keeps to the family's own forward as long as a child is more than it was (a LoRA layer, a quantized, parametrized or hooked one, a new bias):
     only what is called can have its effect.
     """
 
@@ -122,7 +123,7 @@ class PatchedMlp(Patched):
         spec, backend = self._moepatch.spec, self._moepatch.backend
         children = self._modules
         inputs, down = tuple(children[name] for name in spec.inputs), children[spec.down]
-        plain = all(map(is_bare, children.values())) and all(type(layer) is nn.Linear for layer in (*inputs, down))
+        plain = all(map(is_bare, children.values())) and all(map(is_plain_linear, (*inputs, down)))
         if not plain or any((layer.bias is not None) != spec.input_bias for layer in inputs):
             return super().forward(*args, **kwargs)
         (x,) = (*args, *kwargs.values())

@@ -105,7 +105,10 @@ def _apart():
     return reference_ops()
 
 
-@register_backend("residual", "triton", rank=50, serves="own Triton kernels: a sum and the norm of it in one pass", why_not=functools.partial(why_not_triton, "residual"))
+@register_backend(
+    "residual", "triton", rank=50, serves="own Triton kernels: a sum and the norm of it in one pass",
+    why_not=functools.partial(why_not_triton, "residual"),
+)  # fmt: skip
 def _together():
     from .residual import triton_ops
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
 from ..kind import Kind
+from ..quantized import is_plain
 from ..registry import compute
 from ..surgery import Patched, original_class
 from ..trial import Call
@@ -178,11 +179,12 @@ class PatchedRouter(Patched):
         (x,) = args
         spec = self._moepatch.spec
         # Autocast takes the fp32 from a linear that asks for it, unless the family forbids that: its own code knows.
-        if x.ndim != 2 and not spec.flattens or spec.linear == "float" and autocast_dtype(x.device) is not None:
+        weight = getattr(self, spec.weight)
+        if x.ndim != 2 and not spec.flattens or spec.linear == "float" and autocast_dtype(x.device) is not None or not is_plain(weight):
             return super().forward(x)
         bias = None if spec.bias is None else getattr(self, spec.bias)
         correction = None if spec.correction is None else getattr(self, spec.correction)
-        return compute("router", self._moepatch.backend)(x, getattr(self, spec.weight), bias, correction, spec)
+        return compute("router", self._moepatch.backend)(x, weight, bias, correction, spec)
 
 
 def _inject(spec, backend, implementation):

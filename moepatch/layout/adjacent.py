@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+
+from ..once import once_differentiable
 
 
 #: The buffers that `side_by_side` has made, by the address of their first byte.
@@ -98,14 +99,20 @@ class Adjacent:
 
     def do(self) -> None:
         """Copies them into one buffer."""
-        parameters = [self.module.get_parameter(name) for name in self.names]
-        if any(p.device.type == "meta" or p.numel() == 0 for p in parameters) or len({(p.device, p.dtype) for p in parameters}) > 1:
+        parameters = [_parameter_of(self.module, name) for name in self.names]
+        if not _can_be_neighbours(parameters):
             return
         with torch.no_grad():
             pieces = side_by_side(parameters)
             self.moved = [piece.data_ptr() for piece in pieces]
             for parameter, piece in zip(parameters, pieces, strict=True):
                 parameter.data = piece
+
+    def copied(self) -> None:
+        """Puts those of a copied model beside each other, too: copies are made one by one."""
+        if self.moved:
+            self.moved = []
+            self.do()
 
     def undo(self) -> None:
         """Takes each out of the buffer, if it still lies there: others may have given it another place, and rely on that."""
@@ -124,6 +131,11 @@ def _parameter_of(module: nn.Module, name: str) -> nn.Parameter | None:
         if module is None:
             return None
     return module._parameters.get(leaf)
+
+
+def _can_be_neighbours(parameters: Sequence[nn.Parameter | None]) -> bool:
+    plain = all(isinstance(p, nn.Parameter) and type(p.data) is Tensor and p.device.type != "meta" and p.numel() > 0 for p in parameters)
+    return plain and len({(p.device, p.dtype) for p in parameters}) == 1
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:

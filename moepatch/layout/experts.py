@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from ..quantized import is_kept
 from .ops import Concat, Deinterleave, Interleave, Op, Transpose, Unflatten, apply_chain, invert
 
 GateForm = Literal["none", "concatenated", "interleaved", "separate"]
@@ -38,6 +39,15 @@ class Weight:
     def dtype(self, module: nn.Module) -> torch.dtype:
         """Of the parameters."""
         return _held(module, self.names[0]).dtype
+
+    def is_quantized(self, module: nn.Module) -> bool:
+        """Whether one of the parameters is, so that only the family's code can compute with them. A parametrization is not asked for its own."""
+        for name in self.names:
+            *path, leaf = name.split(".")
+            holder = module if not path else module.get_submodule(".".join(path))
+            if is_kept(holder._parameters.get(leaf)):
+                return True
+        return False
 
     def canonical(self, module: nn.Module) -> Tensor:
         """The canonical tensor; differentiable, and a copy where the layout has to move data."""

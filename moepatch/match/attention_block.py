@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..layers.attention_block import ATTENTION_BLOCK, AttentionBlockSpec, attention_functions
 from ..layers.roles import Argument
 from ..layers.rope import ROPES, HeadNorm, HeadsSpec
+from ..quantized import kept
 from ..registry import register_matcher
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
@@ -103,9 +104,12 @@ def odd_module(module: nn.Module) -> str | None:
 
 
 def odd_linears(names: Iterable[str], layers: Iterable[nn.Module]) -> str | None:
-    """The first of the projections that is something else than torch's linear layer, in words, or None."""
-    odd = next(((name, layer) for name, layer in zip(names, layers, strict=True) if type(layer) is not nn.Linear), None)
-    return None if odd is None else f"its projection `{odd[0]}` is {type(odd[1]).__name__}, not Linear"
+    """The first of the projections that is something else than torch's linear layer with plain weights, in words, or None."""
+    for name, layer in zip(names, layers, strict=True):
+        words = kept(layer)
+        if words is not None or type(layer) is not nn.Linear:
+            return f"its projection `{name}` is {words or f'{type(layer).__name__}, not Linear'}"
+    return None
 
 
 def _heads(q: nn.Linear, k: nn.Linear, v: nn.Linear, o: nn.Linear, head_dim: Any) -> HeadsSpec | None:

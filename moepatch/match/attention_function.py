@@ -28,6 +28,7 @@ from ..layers.attention.function import attention_function
 from ..layers.attention.sight import Look, LookingAttention, LookingModel, Sight
 from ..layers.attention.spec import AttentionSpec, AttentionUse
 from ..layers.attention_block import EAGER, attention_functions
+from ..quantized import is_plain
 from ..registry import register_matcher
 from ..scan import Found, Scan
 from ..site import Site
@@ -49,7 +50,8 @@ def match_attention_function(found: Found, scan: Scan, memo: dict) -> Site | Non
     group = memo["attention_function"].get(id(found.module))
     if group is None or group.why_not is not None:
         return None
-    parameter = next(group.members[0].parameters(), None)
+    plain = [p for module in (group.members[0], group.owner) for p in module.parameters() if is_plain(p)]
+    parameter = plain[0] if plain else None  # that of a norm, or of the embedding, where projections are quantized
     return Site(
         kind="attention_function",
         fqns=found.fqns,
@@ -75,14 +77,14 @@ def looks(model: nn.Module) -> Iterator[Look]:
     for group, choice in groups:
         choice.watch = _watched(group, choice.found)
         for member in group.members:
-            yield Look(member, LookingAttention, Sight(choice))
+            yield Look(member, LookingAttention, Sight(member.config, choice))
     around = {id(group.owner): scan.above(scan.of(group.owner)) | {id(group.owner)} for group, _ in groups}
     for found in scan:
         outer = found.module
         seen = [choice for group, choice in groups if id(outer) in around[id(group.owner)]] if isinstance(outer, PreTrainedModel) else []
         if seen:
             own = next((choice for choice in seen if choice.config is outer.config), None)
-            yield Look(outer, LookingModel, Sight(own, tuple(choice for choice in seen if choice is not own)))
+            yield Look(outer, LookingModel, Sight(outer.config, own, tuple(choice for choice in seen if choice is not own)))
 
 
 def _watched(group: _Group, name: str | None) -> Watch:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedConfig
 
 from .. import trial
 from ..trial import Call
@@ -97,9 +98,9 @@ def _circumstances(module: nn.Module, call: Call) -> Iterator[tuple[str, nn.Modu
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in a dtype. What trials have written down of the module is not copied."""
-    written = {id(value): value for part in module.modules() for name, value in vars(part).items() if name.startswith("_moepatch_")}
-    return copy.deepcopy(module, written).to(dtype)
+    """A copy in a dtype. What trials have written down of the module is not copied, nor are configs."""
+    kept = (value for part in module.modules() for name, value in vars(part).items() if name.startswith("_moepatch_") or isinstance(value, PreTrainedConfig))
+    return copy.deepcopy(module, {id(value): value for value in kept}).to(dtype)
 
 
 def _operators(module: nn.Module, forward: Any, call: Call, context: contextlib.AbstractContextManager) -> set[tuple] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,10 +18,12 @@ from ..experts.expert_list import ExpertListSpec
 from ..experts.spec import ExpertsSpec
 from ..kinds import KINDS, trial_tokens
 from ..layout.experts import fused_layout
+from ..quantized import kept_inside
 from ..registry import register_matcher
 from ..replica import random_fill, replica, size_map
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
+from ..surgery import what_is_hung_on
 from .experts import left, make_site, refusal, takes
 from .near import in_the_way
 from .probe import candidates, fingerprint, finite_numbers, misfit
@@ -32,14 +35,11 @@ from .witness import Objection
 def match_expert_list(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | None:
     """See the module's docstring."""
     block = found.module
-    children = dict(block.named_children())
-    lists = [name for name, child in children.items() if isinstance(child, nn.ModuleList) and len(child) > 1 and _is_gated_mlp(child[0])]
-    routers = [name for name, child in children.items() if _is_linear(child)]
-    reason = _why_no_form(block, children, lists, routers)
+    children, lists, routers = _parts(block)
+    reason = _why_no_form(block, children, lists, routers) or _what_would_be_lost(block, lists[0], scan, memo)
     if reason is not None:
         return left(found, "expert_list", reason) if any(is_list(scan.of(child)) for child in children.values()) else None
-    dtypes = tuple(p.dtype for p in block.parameters())
-    key = ("expert_list", fingerprint(block), dtypes)
+    key = ("expert_list", fingerprint(block), _dtypes(block))
     if key not in memo:
         memo[key] = _with_linear(_read(block, routers[0], lists[0]), block)
     reading = memo[key]
@@ -49,14 +49,25 @@ def match_expert_list(found: Found, scan: Scan, memo: dict) -> Site | Refusal | 
     return make_site(found, "expert_list", reading, paths)
 
 
+def _parts(block: nn.Module) -> tuple[dict[str, nn.Module], list[str], list[str]]:
+    """The children of a block, and the names of those that may be its experts and its router."""
+    children = dict(block.named_children())
+    lists = [name for name, child in children.items() if isinstance(child, nn.ModuleList) and len(child) > 1 and _is_gated_mlp(child[0])]
+    return children, lists, [name for name, child in children.items() if _is_linear(child)]
+
+
 def _why_no_form(block: nn.Module, children: dict[str, nn.Module], lists: list[str], routers: list[str]) -> str | None:
     """None for a router, a list of equal gated MLPs of as many elements, and one argument; else what of that is amiss."""
+    if (quantized := kept_inside(block)) is not None:
+        return quantized
+    hung = next((words for name, child in children.items() if isinstance(child, nn.ModuleList) and (words := _hung_on(child, name))), None)
     if not lists:
-        return in_the_way(block) or "its experts are separate modules, and none of them a gated MLP of three linear layers without biases"
+        return in_the_way(block) or hung or "its experts are separate modules, and none of them a gated MLP of three linear layers without biases"
     if len(lists) > 1:
         return f"it has {len(lists)} lists of experts ({', '.join(lists)})"
     if len(routers) != 1:
-        return f"its experts are separate modules, and beside them stand {len(routers)} linear layers without bias, where one router is known"
+        beside = f"its experts are separate modules, and beside them stand {len(routers)} linear layers without bias, where one router is known"
+        return in_the_way(block) or beside
     others = [name for name in children if name not in (*lists, *routers)]
     if others:
         return f"beside its router {routers[0]} and its list of experts {lists[0]} it has {', '.join(others)}"
@@ -65,7 +76,48 @@ def _why_no_form(block: nn.Module, children: dict[str, nn.Module], lists: list[s
     experts, rows = children[lists[0]], children[routers[0]].weight.shape[0]
     if rows != len(experts):
         return f"its router {routers[0]} has {rows} outputs for {len(experts)} experts"
-    return None if len({fingerprint(expert) for expert in experts}) == 1 else f"its experts {lists[0]} are not all alike"
+    drops = next((f"{name}, p={m.p}" for name, m in block.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0), None)
+    if drops is not None:
+        return f"it drops numbers out in training ({drops})"
+    if len({fingerprint(expert) for expert in experts}) > 1:
+        return in_the_way(experts) or hung or f"its experts {lists[0]} are not all alike"
+    return hung
+
+
+def _what_would_be_lost(block: nn.Module, name: str, scan: Scan, memo: dict) -> str | None:
+    """What a list is to others than this block, and would not be when it is patched; None if nothing."""
+    experts = block._modules[name]
+    places = list(experts._modules)
+    numbers: dict[int, str] = {}
+    for place, expert in experts._modules.items():
+        if id(expert) in numbers:
+            return f"experts {numbers[id(expert)]} and {place} of {name} are one module"
+        numbers[id(expert)] = place
+    owners: dict[int, str] = {}
+    for place in places:
+        for path, parameter in experts._modules[place].named_parameters():
+            if id(parameter) in owners:
+                return f"{name}.{owners[id(parameter)]} and {name}.{place}.{path} are one parameter"
+            owners[id(parameter)] = f"{place}.{path}"
+    if "memory" not in memo:
+        memo["memory"] = Counter(p.data_ptr() for p in scan.model.parameters() if type(p) is nn.Parameter and not p.is_meta and p.numel())
+    shared = next((path for path, p in experts.named_parameters() if not p.is_meta and memo["memory"][p.data_ptr()] > 1), None)
+    if shared is not None:
+        return f"{name}.{shared} shares its memory with another parameter"
+    # Who else holds the list finds it as it was; but it can be patched in one way only.
+    own = fingerprint(block), _dtypes(block)
+    blocks = [parent for parent, _ in scan.of(experts).parents if _why_no_form(parent, *_parts(parent)) is None]
+    other = next((scan.of(parent).fqn for parent in blocks if (fingerprint(parent), _dtypes(parent)) != own), None)
+    return None if other is None else f"its list of experts {name} is that of {other or 'the model'}, too, which is another kind of block"
+
+
+def _dtypes(module: nn.Module) -> tuple[torch.dtype, ...]:
+    return tuple(p.dtype for p in module.parameters())
+
+
+def _hung_on(experts: nn.ModuleList, name: str) -> str | None:
+    """What is hung on the elements of a list. Nobody calls the list itself."""
+    return next((words for place, expert in experts._modules.items() if (words := what_is_hung_on(expert, f"{name}.{place}"))), None)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -113,7 +165,7 @@ def _read(block: nn.Module, router: str, experts: str) -> ExpertListSpec | str:
             )
             misfitting = misfit(small, "expert_list", spec.resized(sizes), {})
             if misfitting is None:
-                return spec
+                return replace(spec, idle_zero=_idle_zero(small, spec, sizes.get(hidden, hidden)))
             # The reading that computes the same of ordinary numbers has most to say.
             if not objected:
                 objected = isinstance(misfitting, Objection)
@@ -140,6 +192,14 @@ def _with_linear(spec: ExpertListSpec | str, block: nn.Module) -> ExpertListSpec
     if computed == dtype:
         return spec
     return replace(spec, linear="weight" if computed == router_dtype else "float")
+
+
+def _idle_zero(block: nn.Module, spec: ExpertListSpec, hidden: int) -> bool:
+    """Whether the block calls experts without tokens, so that their weights get gradients."""
+    token = trial_tokens(hidden, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))[:1, :1]
+    y = trial.returned_tensors(trial.eager_forward(block)(block, token))
+    weights = list(block.get_submodule(spec.experts_name).parameters())
+    return all(g is not None for g in torch.autograd.grad(next(iter(y.values())).sum(), weights, allow_unused=True))
 
 
 class _Linears(TorchFunctionMode):

@@ -11,16 +11,20 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from ..experts.activation import OWN, Activation
 from ..experts.spec import ExpertsSpec
+from ..kinds import KINDS
 from ..layout.experts import ExpertsLayout, flat_layout, fused_layout
+from ..quantized import QUANTIZED_HINT, kept, kept_inside
 from ..registry import register_matcher
 from ..replica import replica, size_map
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
-from .near import FLOATS, class_name
+from .known import known
+from .near import class_name
 from .probe import candidates, fingerprint, finite_numbers, is_shape, misfit, misfit_of_all, recognise
 from .witness import Objection
 
@@ -33,9 +37,11 @@ def match_experts(found: Found, scan: Scan, memo: dict) -> Site | Refusal | None
     module = found.module
     if not takes(module, 3) or not _holds_experts(module):
         return None
+    if (words := kept(module)) is not None:
+        return quantized(found, f"its weights are {words}, which no backend computes with")
     key = ("experts", fingerprint(module))
     if key not in memo:
-        memo[key] = _read(module)
+        memo[key] = known("experts", module, _read)
     reading = memo[key]
     if reading is None:
         return None
@@ -57,6 +63,11 @@ def refusal(found: Found, reason: str) -> Refusal:
     return Refusal(fqns=found.fqns, class_name=type(found.module).__name__, reason=reason, hint=hint)
 
 
+def quantized(found: Found, reason: str) -> Refusal:
+    """A refusal of experts that keep their own code because only that can compute with their weights."""
+    return Refusal(fqns=found.fqns, class_name=type(found.module).__name__, reason=reason, hint=QUANTIZED_HINT)
+
+
 def left(found: Found, kind: str, reason: str) -> Left:
     """A module that is nearly of a kind."""
     return Left(kind=kind, fqns=found.fqns, class_name=class_name(found.module), reason=reason)
@@ -66,12 +77,17 @@ def make_site(found: Found, kind: str, spec, parameter_names: tuple[str, ...]) -
     """The site of a module whose reading is settled, unless its weights cannot be computed with."""
     module = found.module
     parameters = {name: module.get_parameter(name) for name in parameter_names}
+    owners = {name.rpartition(".")[0] for name in parameter_names} if KINDS[kind].only_itself else None
+    reason = kept_inside(module, owners)
+    if reason is not None:
+        return quantized(found, reason)
     dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters.values()}
     if len(dtypes) > 1:
-        listed = ", ".join(f"{name} {str(p.dtype).removeprefix('torch.')}" for name, p in parameters.items())
+        first: dict[torch.dtype, str] = {}
+        for name, p in parameters.items():
+            first.setdefault(p.dtype, name)
+        listed = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
         return refusal(found, f"its weights have mixed dtypes ({listed})")
-    if not dtypes <= {str(dtype).removeprefix("torch.") for dtype in FLOATS}:
-        return refusal(found, f"its weights are {dtypes.pop()}, which no backend computes with")
     return Site(
         kind=kind,
         fqns=found.fqns,

@@ -26,6 +26,7 @@ from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
 from .attention_block import arguments_of, fitting, most_telling, odd_linears, odd_module, taken
 from .attention_calls import Subject, same
+from .known import known
 from .layer_index import looks_once, remembered
 from .probe import finite_numbers
 from .roles import base_roles
@@ -44,7 +45,7 @@ def match_latent(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left 
     module = found.module
     form = _form(module)
     if isinstance(form, LatentSpec):
-        form = remembered(memo, ("latent", id(module.config)), module, lambda: _read(form, module))
+        form = remembered(memo, ("latent", id(module.config)), module, lambda: known("latent", module, _read, form, of=(form,)))
     return taken(found, "latent", form)
 
 
@@ -94,7 +95,7 @@ def _heads(nope: int, rope: int, value: int, q: nn.Linear, down: nn.Linear, up: 
     return LatentHeads(heads=heads, nope=nope, rope_dim=rope, value_dim=value, rope="none")
 
 
-def _read(form: LatentSpec, module: nn.Module) -> tuple[LatentSpec | str, bool]:
+def _read(module: nn.Module, form: LatentSpec) -> tuple[LatentSpec | str, bool]:
     """The spec that computes what the module does, or why there is none; and whether that holds for all layers."""
     sizes = _sizes(form, module)
     scaled = form.resized(sizes)

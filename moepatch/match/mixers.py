@@ -21,12 +21,14 @@ from ..layers.mixers.selective import SelectiveSpec
 from ..kinds import KINDS
 from ..layers.mixers.ssd import SSDSpec
 from ..layers.roles import Roles
+from ..quantized import kept_inside
 from ..registry import register_matcher
 from ..replica import random_fill, replica
 from ..scan import Found, Scan
 from ..site import Left, Site
 from .attention_calls import same
 from .experts import left, make_site
+from .known import known
 from .layer_index import is_handed_on, looks_once, remembered
 from .probe import misfit
 from .roles import Recording, StandIn, attempt, base_roles, updates_of
@@ -61,7 +63,9 @@ def _match(
     # A family that has its own fast path already is left alone.
     if first is None or all(importlib.util.find_spec(library) for library in libraries):
         return None
-    reading = remembered(memo, (kind,), module, lambda: _read(module, kind, candidates(module), small))
+    if (quantized := kept_inside(module)) is not None:
+        return left(found, kind, quantized)
+    reading = remembered(memo, (kind,), module, lambda: known(kind, module, _read, kind, candidates(module), small))
     if isinstance(reading, str):
         return left(found, kind, reading)
     site = make_site(found, kind, reading, ("conv1d.weight", "out_proj.weight"))

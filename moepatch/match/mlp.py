@@ -18,6 +18,7 @@ from ..replica import random_fill, replica
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
 from .experts import left, make_site, takes
+from .known import known
 from .near import in_the_way, named
 from .probe import fingerprint, finite_numbers, misfit, recognise
 from .suspects import is_list
@@ -33,7 +34,7 @@ def match_mlp(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Left | N
     if reading is None:
         key = ("mlp", fingerprint(module))
         if key not in memo:
-            memo[key] = _read(module)
+            memo[key] = known("mlp", module, _read)
         reading = memo[key]
     if isinstance(reading, str):
         linear = [name for name, child in module.named_children() if isinstance(child, nn.Linear)]

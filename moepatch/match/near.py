@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..kinds import KINDS
+from ..quantized import kept, kept_inside
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
 from ..surgery import Patched
@@ -44,8 +45,6 @@ _MLP_CHILDREN = (
     {"up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}, {"fc1", "fc2"}, {"w1", "w2"}, {"c_fc", "c_proj"}, {"wi", "wo"}, {"wi_0", "wo"},
     {"dense_h_to_4h", "dense_4h_to_h"}, {"fc_in", "fc_out"}, {"lin1", "lin2"}, {"linear1", "linear2"}, {"up", "down"},
 )  # fmt: skip
-#: What weights are computed with.
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 #: What a near miss of each sort is not looked for in: a module that holds one of these is their holder, not one of them.
 _HOLDS = {
     "attention": {"attention"}, "mixer": {"attention", "mixer", "mlp", "mixture"}, "router": {"router"}, "norm": {"attention", "mixer", "mixture"},
@@ -72,28 +71,31 @@ def class_name(module: nn.Module) -> str:
 
 
 def in_the_way(module: nn.Module) -> str | None:
-    """What keeps every matcher from a module, whatever its kind: an adapter in it, layers or weights that are not torch's own. None without such.
+    """What keeps every matcher from a module, whatever its kind: quantized weights, an adapter, layers that are not torch's own. None without such.
 
     >>> class Linear4bit(nn.Linear): pass
     >>> in_the_way(nn.ModuleDict({"q_proj": Linear4bit(2, 2), "k_proj": Linear4bit(2, 2)}))
     'its projections are Linear4bit, not Linear'
     """
+    quantized = kept_inside(module)
+    if quantized is not None:
+        return quantized
     name = next((name for name, inner in module.named_modules() if isinstance(getattr(inner, "base_layer", None), nn.Module)), None)
     if name is not None:
         adapter = type(module.get_submodule(name)).__name__
         what = "LoRA layer" if "lora" in adapter.lower() or "lora_A" in dict(module.get_submodule(name).named_children()) else f"{adapter}, an adapter,"
         return f"a {what} stands at {name or 'its place'}"
+    name, parametrized = next(((name, inner) for name, inner in module.named_modules() if is_parametrized(inner)), (None, None))
+    if name is not None:
+        weight, (made, *_) = next(iter(parametrized.parametrizations.items()))
+        return f"{'.'.join(filter(None, (name, weight)))} is parametrized ({type(made).__name__})"
     odd = {name: inner for name, inner in module.named_modules() if name and _linear_like(inner)}
     if odd:
         classes = ", ".join(dict.fromkeys(type(inner).__name__ for inner in odd.values()))
         return f"its projections are {classes}, not Linear" if len(odd) > 1 else f"{next(iter(odd))} is a {classes}, not a Linear"
     for name, p in module.named_parameters():
-        if p.dtype not in FLOATS:
-            return f"{name} is {str(p.dtype).removeprefix('torch.')}"
         if p.numel() == 0:
             return f"{name} holds no numbers (its shape is {list(p.shape)})"
-        if type(p) is not nn.Parameter:
-            return f"{name} is a {type(p).__name__}, not a plain parameter"
     return None
 
 
@@ -155,7 +157,7 @@ def near_misses(scan: Scan, sites: list[Site], refusals: list[Refusal], left: li
 def _sort(found: Found, scan: Scan) -> str | None:
     """What a module is by its class, else by its weights, else by its attribute; None for what has no weights of such a form."""
     module, attribute = found.module, found.fqn.rpartition(".")[2]
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Embedding)) or next(module.parameters(), None) is None:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Embedding)) or next(module.parameters(), None) is None and kept_inside(module) is None:
         return None
     if _HEADS.search(attribute):
         return "head"
@@ -179,7 +181,7 @@ def _sort(found: Found, scan: Scan) -> str | None:
 def _has_weights(sort: str, found: Found, scan: Scan) -> bool:
     """Whether a module has weights such as modules of a sort have: vectors for a norm, matrices for all others, several where it has projections."""
     module = found.module
-    matrices = sum(p.ndim >= 2 for p in module.parameters())
+    matrices = sum(p.ndim >= 2 for p in module.parameters()) or sum(kept(part) is not None for part in module.modules())
     if sort == "norm":
         return _vectors(module) or bool(module._modules) and type(module).__name__.endswith("Norm")
     if sort == "router":

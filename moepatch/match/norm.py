@@ -20,6 +20,7 @@ from ..replica import random_fill, replica
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
 from .experts import left, make_site
+from .known import known
 from .near import in_the_way, named
 from .probe import fingerprint, finite_numbers, misfit
 
@@ -65,7 +66,7 @@ def _reading(module: nn.Module, memo: dict) -> NormSpec | str:
     """The norm that a module of the form computes, or why it is none that is known."""
     key = ("norm", fingerprint(module))
     if key not in memo:
-        memo[key] = _read(module)
+        memo[key] = known("norm", module, _read)
     return memo[key]
 
 

@@ -53,7 +53,8 @@ class Key(NamedTuple):
     at: float | str | None
 
     def __str__(self) -> str:
-        return f"{'Tensor' if self.op in _READS.values() else 'aten'}.{self.op}" + ("" if self.at is None else f" at {self.at:g}" if isinstance(self.at, float) else f" {self.at}")
+        at = "" if self.at is None else f" at {self.at:g}" if isinstance(self.at, float) else f" {self.at}"
+        return f"{'Tensor' if self.op in _READS.values() else 'aten'}.{self.op}{at}"
 
 
 @dataclass
@@ -95,6 +96,11 @@ class Recorder(TorchDispatchMode):
         self.trace: list[tuple] = []
         self._traced = traced
         self._reads = _Reads(self.sites)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: at every operator torch would see to it that its compiler stays away, which is not at work here."""
+        return False
 
     def __enter__(self):
         _ONE_AT_A_TIME.acquire()

@@ -25,6 +25,7 @@ from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
 from ..surgery import MadeClasses, original_class
 from .experts import left, make_site
+from .known import known
 from .norm import read_norm
 from .probe import fingerprint
 from .settled import settled
@@ -55,7 +56,7 @@ def match_residual(found: Found, scan: Scan, memo: dict) -> Site | Refusal | Lef
     if len(norms) <= 2:
         key = ("residual", fingerprint(_without_unused_numbers(_stand_in(layer, norms, "tensor", _Log()))), tuple(map(type, layer.children())))
         if key not in memo:
-            memo[key] = _read(layer, norms)
+            memo[key] = known("residual", layer, _read, norms, of=norms.items())
         reading = memo[key]
     if isinstance(reading, str):
         return left(found, "residual", reading) if any(isinstance(parent, nn.ModuleList) for parent, _ in found.parents) else None

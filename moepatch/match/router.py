@@ -22,6 +22,7 @@ from ..replica import random_fill, replica
 from ..scan import Found, Scan
 from ..site import Left, Refusal, Site
 from .experts import left, make_site, takes
+from .known import known
 from .near import in_the_way, named
 from .probe import fingerprint, finite_numbers, misfit
 
@@ -59,7 +60,7 @@ def _reading(module: nn.Module, memo: dict) -> RouterSpec | str:
         return reason
     key = ("router", fingerprint(module))
     if key not in memo:
-        memo[key] = _read(module, _matrices(module)[0])
+        memo[key] = known("router", module, _read, _matrices(module)[0])
     return memo[key]
 
 

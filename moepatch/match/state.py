@@ -13,6 +13,8 @@ from torch import Tensor, nn
 #: Not state: what nn.Module keeps for itself, and what trials write down.
 _OWN = frozenset(("_parameters", "_buffers", "_modules", "training"))
 _PLAIN = (bool, int, float, str, bytes, type(None))
+#: What is looked at in an object that is neither a module nor a container.
+_KEPT = (*_PLAIN, Tensor, list, dict, set, deque)
 _RANDOM, _RANDOM_TOO = "torch's random state", "Python's random state"
 
 
@@ -47,6 +49,8 @@ def unlike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
 
 def same(a: Any, b: Any, close: bool = False) -> bool:
     """Whether two frozen values are equal; `close`: but for rounding in fp32."""
+    if a is b:
+        return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return False
@@ -58,6 +62,8 @@ def same(a: Any, b: Any, close: bool = False) -> bool:
 
 def _frozen(value: Any, above: tuple[int, ...]) -> Any:
     """A value that later changes do not reach."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, _PLAIN):
@@ -71,7 +77,16 @@ def _frozen(value: Any, above: tuple[int, ...]) -> Any:
         return (type(value).__name__, *((str(key), _frozen(item, above)) for key, item in value.items()))
     if isinstance(value, (set, frozenset)):
         return (type(value).__name__, *sorted(map(repr, value)))
-    if isinstance(value, nn.Module) or callable(value) or not hasattr(value, "__dict__"):
+    own = None if isinstance(value, nn.Module) or callable(value) else _attributes(value)
+    if own is None:
         return id(value)
     # Such as a config, or a record of one's own.
-    return (id(value), *((key, _frozen(item, above)) for key, item in vars(value).items() if isinstance(item, (*_PLAIN, Tensor, list, dict, set, deque))))
+    return (id(value), *((key, _frozen(item, above)) for key, item in own.items() if type(item) in _PLAIN or isinstance(item, _KEPT)))
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """`vars`, unseen by an object that writes down what it is asked for; None for one that has none."""
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None

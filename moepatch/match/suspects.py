@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..quantized import QUANTIZED_HINT, kept_inside
 from ..scan import Found, Scan
 from ..site import Left, Refusal
 from .near import in_the_way, named
@@ -31,7 +32,11 @@ def suspects(scan: Scan, taken: set[int], near: Mapping[int, Left] | None = None
     """
     inside = _under(scan, taken)
     refusals, settled = [], set(taken)
-    for test, reason in ((is_list, "its experts are separate modules, and no matcher stacks them yet"), (_owns_stack, "no matcher takes a module with this call and these parameters")):
+    tests = (
+        (is_list, "its experts are separate modules, and no matcher stacks them yet"),
+        (_owns_stack, "no matcher takes a module with this call and these parameters"),
+    )
+    for test, reason in tests:
         for found in scan:
             if id(found.module) in inside or _above(scan, found, settled) or not test(found):
                 continue
@@ -55,7 +60,8 @@ def suspects(scan: Scan, taken: set[int], near: Mapping[int, Left] | None = None
 
 
 def _refuse(found: Found, reason: str) -> Refusal:
-    hint = "It keeps its own forward. To serve it, register a matcher (moepatch.register_matcher)."
+    quantized = kept_inside(found.module) is not None
+    hint = QUANTIZED_HINT if quantized else "It keeps its own forward. To serve it, register a matcher (moepatch.register_matcher)."
     return Refusal(fqns=found.fqns, class_name=type(found.module).__name__, reason=reason, hint=hint)
 
 
@@ -84,10 +90,10 @@ def _named(found: Found) -> bool:
 
 
 def is_list(found: Found) -> bool:
-    """A list or dict called experts that holds at least two modules of one class with weights."""
+    """A list or dict called experts that holds at least two modules with weights, or one of modules of one class that is called so."""
     classes = [type(child) for child in found.module.children() if next(child.parameters(), None) is not None]
-    called = _named(found) or any("expert" in cls.__name__.lower() for cls in classes)
-    return isinstance(found.module, (nn.ModuleList, nn.ModuleDict)) and called and len(classes) > 1 and len(set(classes)) == 1
+    called = _named(found) or len(set(classes)) == 1 and any("expert" in cls.__name__.lower() for cls in classes)
+    return isinstance(found.module, (nn.ModuleList, nn.ModuleDict)) and called and len(classes) > 1
 
 
 def _owns_stack(found: Found) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,10 +23,14 @@ from ..kinds import KINDS
 from ..planning import Plan
 from ..site import Site
 from ..surgery import InjectClass, Journal, Patched, ReplaceState
+from .adapters import ShardedAdapters
+from .expert_adapters import GatherAround, ShardedParamWrapper, wrappers
 from .experts import PatchedShardedExperts, ShardedState
 from .gather import GatherAhead, NoGatherInBackward, bundles, ends, layer_lists, may_stay, odd_parameters, owners, small_odd, units
+from .late import Late
 from .mesh import Meshes, resolve
 from .passes import Passes, Throughout, Together
+from .reads import LendWeights
 from .shard import FullyShard, ShardExperts
 from .trainer import AnswerTrainer, Sharded, ShardedModel
 
@@ -46,16 +51,20 @@ def shard(model: nn.Module, plan: Plan, mesh: DeviceMesh, dispatch: Dispatch, fs
         journal.do(ReplaceState(pretrained, ShardedModel, pretrained._moepatch))
         journal.do(AnswerTrainer(pretrained.config))
     if not isinstance(model, Patched):  # it is around the transformers model, and a loop may ask it for parameters as well
-        journal.do(InjectClass(model, Sharded, "sharded"))
+        journal.do(InjectClass(model, ShardedAdapters if hasattr(model, "peft_config") else Sharded, "sharded"))
     sharded = [_split(model, site, meshes, dispatch, journal) for p in plan.mixture if p.backend for site in p.sites if can_split(site)]
     _join_chains(model, sharded)
+    around = {module: wrappers(model, module) for module in sharded}
+    for wrapper in itertools.chain(*around.values()):
+        journal.do(InjectClass(wrapper, ShardedParamWrapper, "experts of this rank"))
     if meshes.experts is not None:
         for module in sharded:
-            others = {p for p in module.parameters() if not isinstance(p, DTensor)}
-            journal.do(FullyShard([module], meshes.experts, others))
+            journal.do(FullyShard([module], meshes.experts, {p for p in module.parameters() if not isinstance(p, DTensor)}))
+            if around[module]:
+                journal.do(GatherAround(module, around[module][0]))
     if fsdp:
         ignored = {p for module in sharded for p in module.parameters() if isinstance(p, DTensor)}
-        _shard_dense(model, meshes.dense, ignored, journal)
+        _shard_dense(model, meshes.dense, ignored, sharded, journal)
 
 
 def _join_chains(model: nn.Module, sharded: list[nn.Module]) -> None:
@@ -75,10 +84,10 @@ def _join_chains(model: nn.Module, sharded: list[nn.Module]) -> None:
                     dispatcher.join(chain, place)
 
 
-def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], journal: Journal) -> None:
+def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], experts: list[nn.Module], journal: Journal) -> None:
     """FSDP2 for everything that is not an expert: units for the layers, one for embeddings, one for the head, and the root with the rest."""
-    lists, (embeddings, head) = layer_lists(model), ends(model)
-    passes = Passes(model)
+    lists, (embeddings, head), before = layer_lists(model), ends(model), len(journal.steps)
+    passes = Passes(model, Late(model, mesh))
     stay = may_stay(units(model), ignored)
     odd = small_odd(model, ignored)
     ignored = ignored.union(*odd.values())
@@ -107,7 +116,10 @@ def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter],
         chains = [[[end] for end in (embeddings,) if end is not None] + chains[0] + [[end] for end in (head,) if end is not None]]
     for chain in chains:
         journal.do(GatherAhead(chain))
+    journal.do(passes.late)
     journal.do(passes)
+    made = [step.modules[0] for step in journal.steps[before:] if isinstance(step, FullyShard)]
+    journal.do(LendWeights([module for module in made if module is not model], experts, passes))
 
 
 def _shard_alone(

@@ -43,13 +43,15 @@ NEEDED: dict[str, dict[str, tuple | None]] = {
         "is_unsharded": None,
         "device_handle": None,
         "post_forward_mesh_info": None,
+        "unshard_in_backward": None,
+        "_register_post_backward_hook": ("args", "kwargs"),
         "unshard": (),
         "wait_for_unshard": (),
         "reshard": (),
     },
     "parameter": {"_module_info": None, "sharded_param": None, "unsharded_accumulated_grad": None, "all_gather_outputs": None},
     "parameter's class": {"unsharded_param": None},
-    "parameter's module": {"module": None, "shared_modules": None},
+    "parameter's module": {"module": None, "param_name": None, "shared_modules": None, "shared_param_names": None},
     "training state": {"IDLE": None, "PRE_BACKWARD": None, "POST_BACKWARD": None},
     "torch.distributed._composable_state": {"_module_state_mapping": None},
 }
@@ -171,6 +173,33 @@ class Unit:
                 group.unshard()
                 group.wait_for_unshard()
 
+    def places(self) -> Iterator[tuple[nn.Module, str]]:
+        """Modules and the names under which they have its parameters; shared ones with every module that has them."""
+        for held in (held for group in self.groups for held in group.fsdp_params):
+            info = held._module_info
+            yield from zip((info.module, *info.shared_modules), (info.param_name, *info.shared_param_names), strict=True)
+
+    def hold(self) -> list[Any]:
+        """Makes it as FSDP2 has the root: gathered until the backward pass has ended, its gradients reduced only then.
+
+        For a unit that somebody reads outside of its own forward: the backward of such a read may come after the unit's own.
+
+        Returns:
+            What `let_go` takes.
+        """
+        before = [group.post_forward_mesh_info for group in self.groups]
+        for group in self.groups:
+            group.post_forward_mesh_info = None
+            group.unshard_in_backward = True  # and from now on: a backward of this pass may come at any time
+            group._register_post_backward_hook = _unchanged
+        return before
+
+    def let_go(self, before: list[Any]) -> None:
+        """The opposite of `hold`, for passes to come."""
+        for group, mesh_info in zip(self.groups, before, strict=True):
+            group.post_forward_mesh_info = mesh_info
+            del group._register_post_backward_hook
+
     def gather_once(self) -> None:
         """Makes the memory that it gathers into. What inference mode had made could not be gathered into by any other pass."""
         for group in self.groups:
@@ -204,6 +233,11 @@ class Unit:
             if isinstance(work := result.all_gather_work, dist.Work):
                 work.wait()
             group._all_gather_result = None
+
+
+def _unchanged(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """In place of FSDP2's way to reduce when the gradients of these inputs are there: what it does not see, it reduces at the very end."""
+    return args, kwargs
 
 
 def _states(owner: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..errors import CheckpointError, MoePatchError
+from ..quantized import kept
 from .agree import together
+from .dequantize import block_of, dequantizer, forget_quantization
 from .fsdp2 import part
 from .pieces import box_of, local_part
-from .recipes import Files, Recipe, checked_recipes, find_files, opened
+from .recipes import Files, Recipe, checked_recipes, find_files, opened, plain_mapping
 from .save import sharding_mesh
 from .twin import computed_buffers, meta_twin
 
@@ -34,16 +37,17 @@ def load_checkpoint(
     Args:
         model: patched or not, sharded or not, on the meta device or with weights. If sharded, every rank calls this, and each reads no more
             than the parts that it holds.
-        path: a directory with ``model.safetensors`` or ``model.safetensors.index.json``, per expert or fused.
+        path: a directory with ``model.safetensors`` or ``model.safetensors.index.json``, per expert or fused. A quantized checkpoint (MXFP4 as
+            of gpt-oss, FP8 with scales as of DeepSeek-V3) becomes plain weights of the model's dtype, by transformers' own conversions.
         device: for a model on the meta device that is not sharded; the CPU if None. A sharded one goes where its mesh is.
         progress: a progress bar on rank 0; if None, where stderr is a terminal.
 
     Returns:
-        The same object.
+        The same object. If the checkpoint was quantized, its configuration no longer says so (``quantization_config``).
 
     Raises:
-        CheckpointError: no checkpoint, missing or additional tensors, other shapes; the model is unchanged. A failure while weights are
-            read puts a model from the meta device back there.
+        CheckpointError: no checkpoint, missing or additional tensors, other shapes, quantized by a method without such a conversion, a model
+            that keeps its weights quantized; the model is unchanged. A failure while weights are read puts a model from the meta device back there.
         RankFailed: another rank failed.
 
     >>> with torch.device("meta"):                                     # doctest: +SKIP
@@ -57,17 +61,20 @@ def load_checkpoint(
     rank = dist.get_rank() if mesh is not None else 0
     with opened() as open_file:
         with together(_WHAT, mesh):
+            _check_plain(model)
             files = Files(open_file, find_files(Path(path), open_file))
             twin = meta_twin(model)
-            mapping = get_model_conversion_mapping(twin)
+            quantizer = dequantizer(Path(path), model.config)
+            mapping = get_model_conversion_mapping(twin, hf_quantizer=quantizer)
             names = Names.of(model, twin)
-            recipes = checked_recipes(twin, mapping, names.shapes, files)
+            recipes = checked_recipes(twin, mapping, names.shapes, files, block_of(quantizer))
             was_meta = any(t.device.type == "meta" for t in [*model.parameters(), *model.buffers()])
             buffers = computed_buffers(twin) if was_meta else {}
         try:
             with together(_WHAT, mesh):
                 if was_meta:
                     _allocate(model, _device(mesh, device))
+                    _widen(model, twin)
                 show = Console(stderr=True).is_terminal if progress is None else progress
                 _fill(model, Names.of(model, twin), twin, recipes, files, show and rank == 0)
                 for name, value in buffers.items():
@@ -78,8 +85,21 @@ def load_checkpoint(
                 _allocate(model, torch.device("meta"))
             raise
     # Saving turns round what loading did.
+    if quantizer is not None:
+        mapping = plain_mapping(twin, recipes, names.shapes)
+        forget_quantization(model.config)
     model._weight_conversions = [transform for transform in mapping if transform.was_used()]
     return model
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raises for a model that keeps its weights quantized: only transformers' own loading knows how to pack them."""
+    for name, module in model.named_modules():
+        if (words := kept(module)) is not None:
+            raise CheckpointError(
+                f"{name or 'The model'}: its weights are {words}, and load_checkpoint() fills plain weights only. "
+                "Load such a model with from_pretrained, or build it without quantization."
+            )
 
 
 @dataclass(frozen=True)
@@ -150,11 +170,12 @@ def _values(recipe: Recipe, names: Names, twin: PreTrainedModel, files: Files, m
         if into is None and recipe.name not in module_of:
             return {}
         return {recipe.name: files.read(sources[0], None if into is None else box_of(into), device)}
-    if into is not None and recipe.by_expert() and len(recipe.converter.target_patterns) == 1:
+    if into is not None and len(recipe.converter.target_patterns) == 1:
         box = box_of(into)
-        if box.size[1:] == tuple(into.shape[1:]):
-            keys = recipe.keys_of_rows(box.offset[0], box.offset[0] + box.size[0])
-            return recipe.convert(twin, {key: files.read(key, None, device) for key in keys}) if keys else {}
+        if box.size and box.size[1:] == tuple(into.shape[1:]):
+            rows = recipe.rows(files, box.offset[0], box.offset[0] + box.size[0], tuple(into.shape), device) if box.size[0] else {}
+            if rows is not None:
+                return recipe.convert(twin, rows) if rows else {}
     made = recipe.convert(twin, {key: files.read(key, None, device) for key in sources})
     return {name: value[box_of(names.direct[name]).index] if name in names.direct else value for name, value in made.items()}
 
@@ -170,6 +191,16 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
     for (first, first_name), *others in places.values():
         for module, name in others:
             module._parameters[name] = first._parameters[first_name]
+
+
+def _widen(model: nn.Module, twin: PreTrainedModel) -> None:
+    """Buffers that their family keeps in fp32 (what is added to a router's scores, and decides) become so, as in ``from_pretrained``."""
+    plan = {name.replace("*", ".*"): dtype for name, dtype in twin._get_dtype_plan(twin.dtype).items()}
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            dtype = next((dtype for pattern, dtype in plan.items() if re.search(pattern, f"{path}.{name}")), None)
+            if dtype is not None and buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
 
 
 def _device(mesh: DeviceMesh | None, device: str | torch.device | None) -> torch.device:

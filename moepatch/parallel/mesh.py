@@ -53,7 +53,9 @@ def make_mesh(ep: int, dp_replicate: int = 1, device: str | torch.device | None 
     if not (isinstance(ep, int) and isinstance(dp_replicate, int)):
         raise MoePatchError(f"ep={ep!r} and dp_replicate={dp_replicate!r} have to be integers, numbers of ranks.")
     if ep < 1 or dp_replicate < 1 or world % (ep * dp_replicate):
-        raise MoePatchError(f"{world} ranks cannot be divided into dp_replicate={dp_replicate} × dp_shard × ep={ep}. Choose numbers whose product divides {world}.")
+        raise MoePatchError(
+            f"{world} ranks cannot be divided into dp_replicate={dp_replicate} × dp_shard × ep={ep}. Choose numbers whose product divides {world}."
+        )
     kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() and "nccl" in dist.get_backend() else "cpu"
     return init_device_mesh(kind, (dp_replicate, world // (ep * dp_replicate), ep), mesh_dim_names=DIMS)
 

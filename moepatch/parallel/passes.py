@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .fsdp2 import Root, Unit
+from .late import Late
 
 
 def _in_backward() -> bool:
@@ -32,17 +34,26 @@ class Passes:
 
     Attributes:
         model: the root.
+        late: looks after parameters that come into the model later.
         members: filled by `Together`; they end what a pass leaves open.
         throughout: filled by `Throughout`; they are gathered when a pass begins.
         running: whether a pass is under way.
+        lent: units that somebody has read in the pass under way, outside of their own forward.
+        held: those of them that a backward may still come to, with what `Unit.let_go` takes.
+        looked_at: whether somebody has read a weight since the last pass, as whoever puts an adapter around it does.
     """
 
     model: nn.Module
+    late: Late
     members: list[Together] = field(default_factory=list)
     throughout: list[Throughout] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
     running: bool = False
     had_gradients: bool = False
+    lent: list[Unit] = field(default_factory=list)
+    held: dict[Unit, list] = field(default_factory=dict)
+    backward_came: bool = False
+    looked_at: bool = False
 
     def do(self) -> None:
         """Adds hooks; the first comes before FSDP2's, the last after."""
@@ -52,17 +63,41 @@ class Passes:
         """Removes them."""
         while self.handles:
             self.handles.pop().remove()
+        self._let_go()
 
     def prepare(self) -> Root:
         """What FSDP2 has of the model, after it has learned that this is the root, whatever part of it is called first."""
         return Root.of(self.model)
 
+    def lend(self, unit: Unit) -> None:
+        """Gathers a unit because of somebody who reads it in the pass under way. What gradients may come from is held until its backward."""
+        unit.gather()
+        self.lent.append(unit)
+        if torch.is_grad_enabled() and unit not in self.held:
+            self.held[unit] = unit.hold()
+
+    def _let_go(self) -> None:
+        while self.held:
+            unit, before = self.held.popitem()
+            unit.let_go(before)
+
+    def _see_backward(self, gradient: torch.Tensor) -> None:
+        self.backward_came = True
+
     @torch._disable_dynamo
     def _begin(self, module: nn.Module, args: tuple) -> None:
-        self.running = True
         if _in_backward():
+            self.running = True
             return
         root = self.prepare()
+        if self.looked_at:
+            self.looked_at = False
+            self.late.look()
+        self.running = True
+        self.lent.clear()
+        if self.backward_came:
+            self._let_go()
+            self.backward_came = False
         if root.backward_broke_off:
             root.end_backward(self.model)
         if root.forward_broke_off() or self.had_gradients or torch.is_grad_enabled():
@@ -86,8 +121,22 @@ class Passes:
             member.close()
         for member in self.throughout:
             member.end(output)
+        if self.lent or self.held:
+            self._end_loans(output)
         for unit in self.prepare().units:
             unit.forget()
+
+    def _end_loans(self, output: object) -> None:
+        """What was read goes into a backward pass, if there is to be one, as the root does."""
+        if not torch.is_grad_enabled():
+            for unit in self.lent:
+                unit.part()  # so that who asks for ``parameters()`` gets what the optimizer steps
+            return
+        for unit in self.held:
+            unit.watch(output)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(self._see_backward)
 
 
 @dataclass
@@ -154,7 +203,10 @@ class Together:
         self.passes.prepare()
         self.following, self.alone = None, index != 0 or not inside
         for unit in self.units:
-            unit.begin_anew(forget=not inside)
+            if inside and unit in self.passes.lent:
+                unit.end_forward()  # it was gathered in this pass, and who read it goes on reading
+            else:
+                unit.begin_anew(forget=not inside)
 
     @torch._disable_dynamo
     def _after(self, index: int, module: nn.Module, args: tuple, output: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -27,6 +28,8 @@ from transformers.core_model_loading import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import CheckpointError
+from ..quantized import FLOATS
+from .dequantize import only_unpacks, per_number, scaled, unpacks
 from .pieces import Box
 
 
@@ -45,6 +48,12 @@ class Files:
     def meta(self, key: str) -> Tensor:
         """The shape, as a tensor on the meta device."""
         return torch.empty(self.open_file(self.file_of[key]).get_slice(key).get_shape(), device="meta", dtype=torch.float32)
+
+    def typed(self, key: str) -> Tensor:
+        """The shape and the dtype, as a tensor on the meta device."""
+        shape = self.meta(key).shape
+        nothing = self.read(key, _rows(shape, 0, 0) if shape else None, torch.device("cpu"))
+        return torch.empty(shape, device="meta", dtype=nothing.dtype)
 
     def read(self, key: str, box: Box | None, device: torch.device) -> Tensor:
         """A tensor, or a part of it, of which no more is read."""
@@ -104,26 +113,35 @@ class Recipe:
         name: key of the (first) tensor of the model.
         converter: transformers' conversion; None where only the name differs.
         sources: key and the converter's pattern for it, in the order of experts.
+        block: of a quantized checkpoint, how many rows and columns have one scale, if it says so.
     """
 
     name: str
     converter: WeightConverter | None
     sources: list[tuple[str, str]] = field(default_factory=list)
+    block: tuple[int, int] | None = None
 
     def convert(self, twin: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's tensors from (some of) the checkpoint's."""
         if self.converter is None:
             return {self.name: tensors[self.sources[0][0]]}
         converter = deepcopy(self.converter)
+        for weight, scales in scaled(self.sources):
+            if weight in tensors and tensors[weight].ndim == 2:
+                tensors = {**tensors, scales: per_number(tensors[scales], _unpacked(tensors[weight]), self.block)}
         for key, pattern in self.sources:
             if key in tensors:
                 converter.add_tensor(self.name, key, pattern, tensors[key])
         made = converter.convert(self.name, model=twin, config=twin.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    def is_packed(self) -> bool:
+        """Whether it makes plain weights of packed numbers."""
+        return self.converter is not None and any(map(unpacks, self.converter.operations))
+
     def by_expert(self) -> bool:
         """Whether row e of the result is made of the e-th tensor of every pattern, so that some rows need only some tensors."""
-        first, *rest = self.converter.operations
+        first, *rest = [op for op in self.converter.operations if not unpacks(op)] or [None]
         return isinstance(first, MergeModulelist) and first.dim == 0 and all(_keeps_rows(op) for op in rest)
 
     def keys_of_rows(self, start: int, stop: int) -> list[str]:
@@ -133,6 +151,33 @@ class Recipe:
             of_pattern.setdefault(pattern, []).append(key)
         return [key for keys in of_pattern.values() for key in keys[start:stop]]
 
+    def rows(self, files: Files, start: int, stop: int, shape: tuple[int, ...], device: torch.device) -> dict[str, Tensor] | None:
+        """The tensors that rows ``start:stop`` of a result of a shape are made of, with no more read than that; None if that takes all of them."""
+        if self.by_expert():
+            return {key: files.read(key, None, device) for key in self.keys_of_rows(start, stop)}
+        if not only_unpacks(self.converter):
+            return None
+        shapes = {key: files.meta(key).shape for key, _ in self.sources}
+        if len(shape) > 2 and all(len(own) > 1 and own[0] == shape[0] for own in shapes.values()):
+            return {key: files.read(key, _rows(own, start, stop), device) for key, own in shapes.items()}
+        pairs = dict(scaled(self.sources))
+        if len(shape) != 2 or len(pairs) != 1 or {*pairs, *pairs.values()} != set(shapes):
+            return None
+        ((weight, scales),) = pairs.items()
+        part = files.read(weight, _rows(shapes[weight], start, stop), device)
+        whole = (shape[0], _unpacked(part)[1])
+        return {weight: part, scales: per_number(files.read(scales, None, device), whole, self.block, slice(start, stop))}
+
+
+def _rows(shape: tuple[int, ...], start: int, stop: int) -> Box:
+    return Box((start, *[0] * (len(shape) - 1)), (stop - start, *shape[1:]))
+
+
+def _unpacked(weight: Tensor) -> tuple[int, int]:
+    """The shape of a matrix once its numbers are unpacked: bytes hold two of four bits."""
+    packed = weight.dtype in (torch.int8, getattr(torch, "float4_e2m1fn_x2", None))
+    return weight.shape[0], weight.shape[1] * (2 if packed else 1)
+
 
 def _keeps_rows(op: object) -> bool:
     """Whether an operation on ``[E, …]`` treats every expert alone."""
@@ -141,18 +186,28 @@ def _keeps_rows(op: object) -> bool:
     return isinstance(op, (Concatenate, Chunk)) and op.dim >= 1
 
 
-def checked_recipes(twin: PreTrainedModel, mapping: list, tensors: dict[str, Tensor], files: Files) -> list[Recipe]:
+def checked_recipes(
+    twin: PreTrainedModel, mapping: list, tensors: dict[str, Tensor], files: Files, block: tuple[int, int] | None = None
+) -> list[Recipe]:
     """How to make every tensor of the model, by transformers' conversion mapping.
+
+    Args:
+        twin: see `twin`.
+        mapping: transformers' conversions.
+        tensors: the model's by name, with the whole's shapes.
+        files: the checkpoint.
+        block: see `Recipe`.
 
     Raises:
         CheckpointError: tensors are missing, additional, or of other shapes.
     """
-    recipes, extra = _recipes(twin, mapping, tensors, files)
+    recipes, extra = assigned_recipes(twin, mapping, tensors, files, block)
     made: dict[str, tuple] = {}
     wrong = []
     for recipe in recipes:
         try:
-            given = {key: files.meta(key) for key, _ in recipe.sources}
+            about = files.typed if recipe.is_packed() else files.meta
+            given = {key: about(key) for key, _ in recipe.sources}
             shapes = {name: value.shape for name, value in recipe.convert(twin, given).items()}
         except Exception as error:
             raise CheckpointError(f"{recipe.name} cannot be made of {_some([key for key, _ in recipe.sources])}: {error}") from error
@@ -166,13 +221,17 @@ def checked_recipes(twin: PreTrainedModel, mapping: list, tensors: dict[str, Ten
     lines = [f"missing ({len(missing)}): {_some(missing)}"] if missing else []
     lines += [f"additional ({len(extra)}): {_some(extra)}"] if extra else []
     lines += [f"other shapes ({len(wrong)}): {'; '.join(wrong[:5])}"] if wrong else []
+    packed = {files.typed(key).dtype for key in extra if key in files.file_of} - set(FLOATS)
+    lines += [f"the additional ones look quantized ({', '.join(map(str, packed))}), and no config.json beside them says how"] if packed else []
     if lines:
         text = "\n".join(f"  - {line}" for line in lines)
         raise CheckpointError(f"The checkpoint is not one of this {type(twin).__name__}; nothing was loaded:\n{text}")
     return recipes
 
 
-def _recipes(twin: PreTrainedModel, mapping: list, tensors: dict[str, Tensor], files: Files) -> tuple[list[Recipe], list[str]]:
+def assigned_recipes(
+    twin: PreTrainedModel, mapping: list, tensors: dict[str, Tensor], files: Files, block: tuple[int, int] | None = None
+) -> tuple[list[Recipe], list[str]]:
     """One recipe for each conversion, and the checkpoint's keys that belong to none; names as transformers' own loading finds them."""
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
     converters = [t for t in mapping if isinstance(t, WeightConverter)]
@@ -186,11 +245,26 @@ def _recipes(twin: PreTrainedModel, mapping: list, tensors: dict[str, Tensor], f
         if name not in tensors and key in tensors:
             name, pattern = rename_source_key(key, [], [], prefix, tensors)
         if name in tensors:
-            recipe = recipes.setdefault(name, Recipe(name, of_pattern[pattern] if pattern is not None else None))
+            recipe = recipes.setdefault(name, Recipe(name, of_pattern[pattern] if pattern is not None else None, block=block))
             recipe.sources.append((key, pattern or key))
         elif not any(re.search(p, name) for p in ignored):
             extra.append(key)
+    for recipe in recipes.values():
+        if recipe.converter is not None and len(recipe.sources) == 1 and only_unpacks(recipe.converter):
+            recipe.converter = None  # of a quantized checkpoint, a tensor that is not: it has no scales
     return list(recipes.values()), extra
+
+
+def plain_mapping(twin: PreTrainedModel, recipes: list[Recipe], tensors: dict[str, Tensor]) -> list:
+    """transformers' conversions of a checkpoint of plain weights with the names of one that was quantized, which know whether they were used."""
+    mapping = get_model_conversion_mapping(twin)
+    renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
+    converters = [t for t in mapping if isinstance(t, WeightConverter)]
+    for recipe in recipes:
+        scales = set(dict(scaled(recipe.sources)).values())
+        for key in (key for key, _ in recipe.sources if key not in scales):
+            rename_source_key(key, renamings, converters, twin.base_model_prefix, tensors)
+    return mapping
 
 
 def _some(names: list[str]) -> str:

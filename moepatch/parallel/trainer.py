@@ -1,13 +1,14 @@
 """What accelerate and transformers' Trainer ask a model before they wrap it: a sharded one answers that it is ready.
 
-Both look for attributes on the model, so nothing of theirs is touched, and the model needs no arguments and no plugin:
+Both look for attributes on the model, so the model needs no arguments and no plugin:
 
 - ``_is_accelerate_prepared``: `Accelerator.prepare` returns such a model as it is, in every version;
-- ``is_distributed_loading_by_transformers``: Trainer from 5.23 on leaves placement and reduction to the model, and saves on all ranks;
+- ``is_distributed_loading_by_transformers``: Trainer from 5.23 on leaves placement and reduction to the model, and saves on all ranks
+  (the optimizer in a way that `resume` gives it);
 - ``no_sync``: gradient accumulation without a reduction after each micro-batch, as on DistributedDataParallel.
 
-Trainer 5.17 saves on rank 0 only, and so cannot save a sharded model by itself: `SaveOnAllRanks` does, in every version. The optimizer's
-state is sharded too, and is not in what either of them saves.
+Trainer 5.17 saves on rank 0 only, and so cannot save a sharded model by itself: `SaveOnAllRanks` does, in every version, but not the
+optimizer's state.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from transformers.distributed import DistributedConfig
 from ..checkpoint import PatchedModel
 from ..surgery import Patched
 from .fsdp2 import drop_unreduced, gathered
+from .reads import passes_of
+from .resume import Placed, serve_trainer
+from .whole import in_parts
 
 
 class Sharded(Patched):
@@ -38,6 +42,10 @@ class Sharded(Patched):
         """As any module's, of what `named_parameters` gives; and for gradients of `no_sync`."""
         super().zero_grad(set_to_none)
         drop_unreduced(self)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As any module's; of whole tensors, which every rank has to pass, each takes its parts."""
+        return super().load_state_dict(in_parts(self, state_dict), strict, assign)
 
     @contextmanager
     def no_sync(self):
@@ -58,8 +66,12 @@ class Sharded(Patched):
 class ShardedModel(Sharded, PatchedModel):
     """A whole ``PreTrainedModel`` whose parameters are spread over ranks."""
 
-    #: Read by Trainer from 5.23 on, where transformers itself has a property of this name.
-    is_distributed_loading_by_transformers = True
+    @property
+    def is_distributed_loading_by_transformers(self) -> bool | Placed:
+        """Read by Trainer from 5.23 on, when it is made, where transformers itself has a property of this name."""
+        if (passes := passes_of(self)) is not None:
+            passes.late.look()  # before the optimizer is made, and before Trainer looks after what FSDP2 does not have
+        return serve_trainer()
 
     @property
     def _is_accelerate_prepared(self) -> bool:

@@ -105,7 +105,7 @@ def bench(use: AttentionUse, dtype: torch.dtype, device: torch.device, generator
 
 def _steps(module: nn.Module, spec: AttentionUse, backend: str) -> tuple[Look, ...]:
     """The model asks for other masks; its attention modules, and models around it, follow when all patterns are patched (`looks`)."""
-    return (Look(module, CountedPositions, Sight(Choice(module.config, module.config._attn_implementation, backend))),)
+    return (Look(module, CountedPositions, Sight(module.config, Choice(module.config, module.config._attn_implementation, backend))),)
 
 
 ATTENTION_FUNCTION = Kind(

@@ -75,31 +75,28 @@ class Choice:
             self._mark()
 
 
-@dataclass(eq=False)
 class Sight:
     """What one module sees in the place of its configuration.
 
-    Attributes:
+    Args:
+        config: the module's.
         own: the choice for its own configuration; None for a model around such modules whose own configuration is another one.
         inside: the choices for configurations that are inside its own.
     """
 
-    own: Choice | None
-    inside: tuple[Choice, ...] = ()
-    _seen: tuple[PreTrainedConfig, PreTrainedConfig] | None = None
+    def __init__(self, config: PreTrainedConfig, own: Choice | None, inside: tuple[Choice, ...] = ()):
+        self.config, self.own, self.inside = config, own, inside
+        # Made here: torch.compile, which may be the first that comes by, can make no classes.
+        self._seen = view(config, own, inside)
 
     def of(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The view of the module's present configuration."""
-        seen = self._seen
-        if seen is None or seen[0] is not config:
-            seen = self._seen = config, view(config, self.own, self.inside)
-        return seen[1]
+        """The view of the module's present configuration, which may have been exchanged."""
+        if config is not self.config:
+            self.__init__(config, self.own, self.inside)
+        return self._seen
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_seen": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sight:
-        return Sight(copy.deepcopy(self.own, memo), copy.deepcopy(self.inside, memo))
+    def __reduce__(self):
+        return Sight, (self.config, self.own, self.inside)
 
 
 class _View:
@@ -110,9 +107,9 @@ class _View:
     def __init_subclass__(cls, **kwargs: Any):
         """Does nothing: to transformers this is no class of configurations."""
 
-    @property
-    def __class__(self):
-        return type(self._moepatch_view[0])
+    def __new__(cls, *args, **kwargs):
+        """An ordinary configuration: what a configuration's own code makes of its class."""
+        return cls._moepatch_class(*args, **kwargs)
 
     @property
     def _attn_implementation(self):
@@ -160,7 +157,7 @@ def view(config: PreTrainedConfig, own: Choice | None, inside: tuple[Choice, ...
 @functools.lru_cache(maxsize=256)
 def _view_class(cls: type[PreTrainedConfig], mixin: type) -> type[PreTrainedConfig]:
     described = {"__slots__": ("_moepatch_view",), "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (mixin, cls), {**described, "__hash__": cls.__hash__})
+    return type(cls)(cls.__name__, (mixin, cls), {**described, "__hash__": cls.__hash__, "_moepatch_class": cls})
 
 
 class _Looking(threading.local):

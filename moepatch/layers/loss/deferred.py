@@ -51,10 +51,13 @@ class DeferredLogits(Lazy):
         return self.of(steps, alike(self, func, args, kwargs), numbers)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is _CROSS_ENTROPY or func is F.cross_entropy:  # another one in its place has been called already, and called torch's own
             with torch._C.DisableTorchFunctionSubclass():
                 return cross_entropy(*args, **(kwargs or {}))
+        if func in (torch.tanh, Tensor.tanh) and len(args) == 1 and not kwargs and args[0].requires_grad and torch.is_grad_enabled():
+            return _Tanh.apply(args[0])
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -111,6 +114,32 @@ def _linear_backward(grad, hidden, weight, bias, dtype: torch.dtype, wants) -> l
         ]
 
 
+class _Tanh(torch.autograd.Function):
+    """torch's own saves its output as a tensor, and hooks on what is saved would look at it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        out = aten.tanh.default(x)
+        ctx.x, ctx.out, ctx.version = x, out.detach(), out._version  # not what is returned: nothing may hold itself
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        _unchanged(ctx.out, ctx.version)
+        if not torch.is_grad_enabled():
+            return aten.tanh_backward.default(grad, ctx.out)
+        with torch._C.DisableTorchFunctionSubclass():
+            return grad * (1 - torch.tanh(ctx.x).square())
+
+
+def _unchanged(x: Tensor, version: int) -> None:
+    if x._version != version:
+        raise RuntimeError(
+            f"Logits of shape {tuple(x.shape)} that are needed for the gradient computation have been modified by an inplace operation: they are at "
+            f"version {x._version}, expected version {version}. Modify a clone instead."
+        )
+
+
 def cross_entropy(x, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0):
     """``torch.nn.functional.cross_entropy``, where the logits or others of its arguments may be deferred."""
     old = size_average is not None or reduce is not None
@@ -142,7 +171,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(target)
         loss, finish = x._steps.head.loss(x._steps, target, formula)
         # Not saved as tensors are: hooks on what is saved would look at it. It is an input, so that nothing holds itself.
-        ctx.x, ctx.formula, ctx.wide, ctx.prepared, ctx.version = x, formula, wide, Prepared(finish), None if x.is_inference() else x._version
+        ctx.x, ctx.formula, ctx.wide, ctx.prepared, ctx.version = x, formula, wide, Prepared(finish), x._version
         return loss.to(wide)
 
     @staticmethod
@@ -167,11 +196,7 @@ def _gradient(logits_TV: Tensor, target: Tensor, formula, wide: torch.dtype, gra
 def _differentiable(ctx, target: Tensor, grad: Tensor) -> Tensor:
     """The same for second derivatives, with a graph of its own: on the logits, as torch does it."""
     x, formula = ctx.x, ctx.formula
-    if ctx.version is not None and x._version != ctx.version:
-        raise RuntimeError(
-            f"The logits of shape {tuple(x.shape)} were modified in place after their loss was computed, and the second derivative of that loss "
-            "needs them: modify a clone, or compute the derivative first."
-        )
+    _unchanged(x, ctx.version)
     with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass(), torch.autocast(x.device.type, enabled=False):
         loss = torch._C._nn.cross_entropy_loss(
             x.to(ctx.wide), target, None, _REDUCTIONS["mean" if formula.mean else "sum"], formula.ignore_index, 0.0

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from ...errors import MoePatchError
+
 aten = torch.ops.aten
 
 
@@ -67,6 +69,7 @@ class Lazy(Tensor):
         return found if self.grad_fn is None else found.replace(f"grad_fn=<{_Ordinary.__name__}Backward>", f"grad_fn=<{self.grad_fn.name()}>")
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _MEMORY:
@@ -75,6 +78,7 @@ class Lazy(Tensor):
             return _torchs_own(func)(*args, **kwargs)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for lazy in args[:2]:
@@ -96,8 +100,15 @@ class Lazy(Tensor):
             return value
 
         found = func(*tree_map(ordinary, args), **tree_map(ordinary, kwargs))
-        # What writes into a tensor returns that tensor.
-        return tree_map(lambda leaf: owners.get(id(leaf), leaf), found) if func._schema.is_mutable else found
+        if not func._schema.is_mutable:
+            return found
+        for lazy in owners.values():
+            if lazy._numbers.value().shape != lazy.shape:
+                raise MoePatchError(
+                    f"{func} changes the shape of a tensor {tuple(lazy.shape)} whose numbers moepatch computes when somebody looks at them: it cannot "
+                    "follow that. Take an ordinary tensor first, `logits + 0`, or leave the loss unpatched: optimize(model, loss=None)."
+                )
+        return tree_map(lambda leaf: owners.get(id(leaf), leaf), found)  # what writes into a tensor returns that tensor
 
 
 def alike(lazy: Lazy, func: Callable, args: tuple, kwargs: dict) -> tuple[tuple, tuple, int]:

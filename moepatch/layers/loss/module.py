@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from ...autocast import autocast_dtype
 from ...kind import Injections, Kind
 from ...parallel.fsdp2 import Unit
+from ...quantized import is_plain
 from ...registry import compute
 from ...surgery import Patched
 from ...trial import Call
@@ -52,7 +53,7 @@ def _is_plain(head: nn.Linear, hidden: Tensor) -> bool:
     tracers want to see the head's own operators.
     """
     weight = head.weight
-    if type(hidden) is not Tensor or type(weight) not in (nn.Parameter, Tensor) or hidden.ndim < 2 or weight.device != hidden.device or hidden.is_meta:
+    if type(hidden) is not Tensor or not is_plain(weight) or hidden.ndim < 2 or weight.device != hidden.device or hidden.is_meta:
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return False

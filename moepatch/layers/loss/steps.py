@@ -100,10 +100,12 @@ def _tanh(steps):
         return None
 
     def undoes(func, args, kwargs):
-        return func is aten.tanh_backward.default and getattr(args[1], "_steps", None) is after
+        if func is not aten.tanh_backward.default:
+            return False
+        grad, values = args
+        return getattr(values, "_steps", None) is grad._steps
 
-    after = steps.then(undoes, tanh=True)
-    return after
+    return steps.then(undoes, tanh=True)
 
 
 def _cast(steps, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None):

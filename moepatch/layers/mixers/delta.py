@@ -178,4 +178,7 @@ def _inject(spec, backend, implementation):
     return {"": (PatchedDelta, DeltaState(spec, backend))}
 
 
-DELTA_MIXER = Kind(name="delta_mixer", pattern="delta", backends="delta", injections=_inject, trial=short_trial_call, bench=bench_call, most_tokens=1000, follows=followed, dense=True)
+DELTA_MIXER = Kind(
+    name="delta_mixer", pattern="delta", backends="delta", injections=_inject, trial=short_trial_call, bench=bench_call, most_tokens=1000,
+    follows=followed, dense=True,
+)  # fmt: skip

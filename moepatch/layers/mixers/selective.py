@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kind import Kind
+from ...quantized import is_plain_linear
 from ...registry import compute
-from ...surgery import is_bare
 from ..roles import ByRole, Given, Roles, followed
 from .calls import bench_call, masked, trial_call, whole_sequences
 
@@ -83,7 +83,7 @@ class PatchedSelective(ByRole):
     def computed(self, given: Given):
         """See the class."""
         # A projection that is more than a linear layer (quantized, adapted, hooked) may only be called, and this one's weight is needed.
-        if not whole_sequences(self, self.conv1d, given) or type(self.dt_proj) is not nn.Linear or not is_bare(self.dt_proj):
+        if not whole_sequences(self, self.conv1d, given) or not is_plain_linear(self.dt_proj):
             return self.as_the_family(given)
         hidden_states, cache, attention_mask = given.tokens, given.cache, given.mask
         spec, backend = self._moepatch.spec, compute("selective", self._moepatch.backend)
@@ -106,5 +106,6 @@ def _inject(spec, backend, implementation):
 
 
 SELECTIVE_MIXER = Kind(
-    name="selective_mixer", pattern="selective", backends="selective", injections=_inject, trial=trial_call, bench=bench_call, most_tokens=1000, follows=followed, dense=True
-)
+    name="selective_mixer", pattern="selective", backends="selective", injections=_inject, trial=trial_call, bench=bench_call, most_tokens=1000,
+    follows=followed, dense=True,
+)  # fmt: skip
