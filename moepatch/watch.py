@@ -205,7 +205,9 @@ class Watch:
                 if parameter is None:  # parametrized, or elsewhere for a while
                     continue
                 now = parameter.shape  # asking for the number of numbers takes half as long
-                question.ask(f"{{}}[{entry.name!r}].numel() == {now.numel()}", owner._parameters)
+                # ZeRO-3's own kind of dict gathers a weight whose item is read, and remembers that for good.
+                item = f"[{entry.name!r}]" if type(owner._parameters) is dict else f".get({entry.name!r})"
+                question.ask(f"{{}}{item}.numel() == {now.numel()}", owner._parameters)
                 differs = now != entry.value and now.numel() > 0  # a framework may have emptied it until it is needed
             elif entry.kind == "class":
                 now = getattr(entry.via, entry.name, Absent)

@@ -177,6 +177,7 @@ class PatchedExpertList(PatchedExperts):
         if held is None:  # a trial
             return {}
         if not held.is_unchanged() or self._moepatch_watch is not None and self._moepatch_watch.changed(self):
+            held.let_go()
             self.changes()
             return None
         wholes = held.wholes()

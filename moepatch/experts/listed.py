@@ -119,6 +119,11 @@ class Listed:
                 parameter.data = piece
             self.joined[name] = buffer, _places_of(parameters)
 
+    def let_go(self) -> None:
+        """Forgets the buffers that the weights do not lie in any more: whoever shards or frees them means that memory."""
+        for name in [name for name, (_, places) in self.joined.items() if _places_of(self._parameters(name)) != places]:
+            del self.joined[name]
+
     def part(self) -> None:
         """Gives each parameter that is still a slice its own storage again."""
         for name, (buffer, _) in self.joined.items():

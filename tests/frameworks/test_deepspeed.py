@@ -11,10 +11,12 @@ import torch.distributed as dist
 import zero
 import zoo
 from compare import error
+from listed import listed
 from ranks import on_ranks
 from torch import nn
 
 import moepatch
+from moepatch.experts.listed import HELD
 
 #: Stage, family, whether the head is tied, gradient checkpointing (None, or whether it is reentrant), arguments of `optimize`.
 TRAINED = [
@@ -92,6 +94,25 @@ def engines() -> None:
             results.append(zero.whole(model))
         for key, value in results[0].items():
             assert error(results[1][key], value) <= 1e-5, (stage, key)
+
+
+def a_list() -> None:
+    """Experts of a list under ZeRO-3, which hooks each of them: the family's loop calls them, and nothing keeps their weights whole."""
+    results = []
+    for patched in (False, True):
+        model, ids = listed(), torch.arange(4, 28).view(2, 12)
+        made = zero.engine(moepatch.optimize(model, measure=False) if patched else model, 3, lr=0.1)
+        for _ in range(2):
+            made.backward(made(ids))
+            made.step()
+        results.append(zero.whole(model))
+    assert all(error(results[1][key], value) <= 1e-5 for key, value in results[0].items())
+    assert all(not layer.mlp.experts.__dict__[HELD].joined for layer in model.layers)
+    assert "the family's own code computes there" in " ".join(moepatch.report(model).notes)
+
+
+def test_a_list_of_experts():
+    on_ranks(2, a_list)
 
 
 def test_before_and_after():
