@@ -79,13 +79,31 @@ def across_layers(model):
         model.model.layers[index].register_forward_pre_hook(add, with_kwargs=True)
 
 
+def after(model):
+    """A hook on the model that comes after all others reads what is not in any layer."""
+
+    def add(module, args, kwargs, out):
+        out.loss = out.loss + sum(penalty(module, place, kwargs["input_ids"]) for place in ("head", "embeddings", "last norm"))
+        return out
+
+    model.after = add
+
+
 WAYS = {
     **{f"{place}, {when}": functools.partial(reads, **{when: [place]}) for place in PLACES for when in ("early", "late")},
     "all": functools.partial(reads, early=list(PLACES), late=list(PLACES)),
     "own head": own_head,
     "embeddings as head": functools.partial(own_head, of="model.embed_tokens"),
     "across layers": across_layers,
+    "after the forward": after,
 }
+
+
+def hooked(model):
+    """With the hook that `after` wants, on a model that is as it will be run."""
+    if hasattr(model, "after"):
+        model.register_forward_hook(model.after, with_kwargs=True)
+    return model
 
 
 def build(adapt, tied=False):
@@ -101,7 +119,7 @@ def labelled(model, rank):
 
 def truth(adapt, passes=(0,), tied=False):
     """One process: the loss of this rank's first batch, and the gradients of the mean of the ranks' losses."""
-    model, losses = build(adapt, tied), []
+    model, losses = hooked(build(adapt, tied)), []
     for r in range(dist.get_world_size()):
         for step in passes:
             loss = model(**labelled(model, r + 10 * step)).loss
@@ -123,7 +141,7 @@ def units(layers):
 
 def sharded(adapt, layers, dims, tied=False):
     with units(layers):
-        return moepatch.optimize(build(adapt, tied), mesh_of(dims), verify=False)
+        return hooked(moepatch.optimize(build(adapt, tied), mesh_of(dims), verify=False))
 
 
 def agree(ways, layers, dims):
@@ -146,7 +164,7 @@ def test_a_weight_that_is_read_elsewhere():
     on_ranks(2, agree, list(WAYS), None, {"ep": 2})
 
 
-FEW = ["all", "own head", "embeddings as head", "across layers"]
+FEW = ["all", "own head", "embeddings as head", "across layers", "after the forward"]
 
 
 @pytest.mark.parametrize(("layers", "dims"), [(2, {"ep": 2}), (None, {"dp_shard": 2, "ep": 1})])

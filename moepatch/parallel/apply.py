@@ -119,7 +119,8 @@ def _shard_dense(model: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter],
     journal.do(passes.late)
     journal.do(passes)
     made = [step.modules[0] for step in journal.steps[before:] if isinstance(step, FullyShard)]
-    journal.do(LendWeights([module for module in made if module is not model], experts, passes))
+    lent = [module for module in made if module is not model]
+    journal.do(LendWeights(lent, [end for end in (embeddings, head) if end is not None], experts, passes))
 
 
 def _shard_alone(

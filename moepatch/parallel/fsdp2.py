@@ -134,6 +134,11 @@ class Unit:
         """Whether its parameters are gathered until the backward pass, and not only for the forward."""
         return all(group.post_forward_mesh_info is None for group in self.groups)
 
+    @property
+    def is_gathered(self) -> bool:
+        """Whether it has parameters, and all of them are whole at the moment."""
+        return bool(self.groups) and all(group.is_unsharded for group in self.groups)
+
     def take_over(self) -> None:
         """Removes FSDP2's own forward hooks: who calls it calls `pre_forward` and `post_forward`, or `gather` and `watch`, instead."""
         self.state._pre_forward_hook_handle.remove()

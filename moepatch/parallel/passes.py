@@ -41,6 +41,7 @@ class Passes:
         running: whether a pass is under way.
         lent: units that somebody has read in the pass under way, outside of their own forward.
         held: those of them that a backward may still come to, with what `Unit.let_go` takes.
+        ends: units of embeddings and head.
         looked_at: whether somebody has read a weight since the last pass, as whoever puts an adapter around it does.
     """
 
@@ -54,6 +55,7 @@ class Passes:
     lent: list[Unit] = field(default_factory=list)
     held: dict[Unit, list] = field(default_factory=dict)
     backward_came: bool = False
+    ends: set[Unit] = field(default_factory=set)
     looked_at: bool = False
 
     def do(self) -> None:
@@ -69,6 +71,12 @@ class Passes:
     def prepare(self) -> Root:
         """What FSDP2 has of the model, after it has learned that this is the root, whatever part of it is called first."""
         return Root.of(self.model)
+
+    def lends(self, unit: Unit) -> bool:
+        """Whether a read of a unit in parts is served: within a pass; of embeddings and head until its backward has ended, as the root's would be."""
+        if self.running:
+            return True
+        return unit in self.ends and self.had_gradients and not in_backward() and Unit.of(self.model).is_gathered
 
     def lend(self, unit: Unit) -> None:
         """Gathers a unit because of somebody who reads it in the pass under way. What gradients may come from is held until its backward."""

@@ -32,11 +32,11 @@ class Lent(dict):
     def __getitem__(self, name: str, _get=dict.__getitem__) -> nn.Parameter | None:
         parameter = _get(self, name)
         if type(parameter) is DTensor:
-            if not self.passes.running:
-                self.passes.looked_at |= not in_backward()  # perhaps by somebody who is about to put an adapter around it
-            elif name in self.units:
+            if name in self.units and self.passes.lends(self.units[name]):
                 self.passes.lend(self.units[name])
                 return _get(self, name)
+            if not self.passes.running:
+                self.passes.looked_at |= not in_backward()  # perhaps by somebody who is about to put an adapter around it
         return parameter
 
     def __reduce_ex__(self, protocol):
@@ -50,10 +50,12 @@ class LendWeights:
     Attributes:
         modules: one of each unit whose weights are lent; not the root, which is gathered for the whole pass anyway.
         experts: modules whose own parameters stay spread over ranks; that they are looked at is seen, and no more.
+        ends: units of embeddings and head.
         passes: those of the model.
     """
 
     modules: list[FSDPModule]
+    ends: list[FSDPModule]
     experts: list[nn.Module]
     passes: Passes
     changed: list[nn.Module] = field(default_factory=list)
@@ -61,6 +63,7 @@ class LendWeights:
     def do(self) -> None:
         """Puts `Lent` in the place of each module's dict of parameters."""
         places: dict[nn.Module, dict[str, Unit]] = {module: {} for module in self.experts}
+        self.passes.ends.update(map(Unit.of, self.ends))
         for unit in map(Unit.of, self.modules):
             for module, name in unit.places():
                 places.setdefault(module, {})[name] = unit
