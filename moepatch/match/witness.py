@@ -89,7 +89,9 @@ class Witness:
         pair = (self.original, self.forward), (self.twin, type(self.twin).forward)
         with torch.inference_mode():
             reason = self.unlike(call, False)
-        reason = f"in inference mode {reason}" if reason is not None else self._saturated(call) or graded_objection(*pair, call, words_of) or branch_objection(*pair[0], call)
+        if reason is not None:
+            return Objection(f"in inference mode {reason}")
+        reason = self._saturated(call) or graded_objection(*pair, call, words_of) or branch_objection(*pair[0], call)
         return None if reason is None else Objection(reason)
 
     def _saturated(self, call: Call) -> str | None:
