@@ -19,6 +19,8 @@ from .check import check_model, check_plan
 from .dispatch.base import Dispatcher
 from .errors import LeftAlone, MoePatchError, NothingMatched, PlanMismatch
 from .kinds import KINDS
+from .layers.attention.sight import choices
+from .layout.adjacent import Adjacent
 from .match.attention_function import left_alone
 from .measure import agreed, fastest, is_measured
 from .parallel.agree import together
@@ -43,6 +45,12 @@ class _Patch(OnOthers):
     report: Report
     journal: Journal
     mesh: DeviceMesh | None = None
+
+    def copied(self) -> None:
+        """Weights that the copy of the model has apart lie together again."""
+        for step in self.journal.steps if self.mesh is None else ():
+            if isinstance(step, Adjacent):
+                step.copied()
 
 
 @runs_plainly
@@ -207,17 +215,29 @@ def report(model: nn.Module) -> Report:
     if patch is None:
         where = _elsewhere(model, "report") or " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
-    return replace(patch.report, notes=(*patch.report.notes, *words.changed(_changes(model))))
+    changed = words.changed(_changes(model))
+    return replace(patch.report, notes=(*patch.report.notes, *changed)) if changed else patch.report
 
 
-def _changes(model: nn.Module) -> dict[str, list[tuple[str, bool]]]:
-    """By module what its family reads and what is, or was for a time, not as at the patch; and whether it still is not."""
+def _changes(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
+    """By module what its family reads and what is, or was for a time, not as at the patch; and what came of it."""
     found = {}
-    for fqn, module in model.named_modules():
-        if isinstance(module, Patched):
-            now = module.changes()
-            found[fqn or "the model"] = [(str(change), change in now) for change in module.met()]
+    watched = {fqn or "the model": module for fqn, module in model.named_modules() if isinstance(module, Patched)}
+    for fqn, module in watched.items():
+        said, now = module.met(), module.changes()
+        found[fqn] = [(str(change), words.outcome(change in now, _can_leave(module))) for change in dict.fromkeys((*said, *now))]
+    for choice in choices(model):
+        now = choice.changes()
+        found["attention"] = [(str(change), words.outcome(change in now, True)) for change in (() if choice.watch is None else choice.watch.said)]
     return found
+
+
+def _can_leave(module: Patched) -> bool:
+    try:
+        module.leave_to_family()
+    except MoePatchError:
+        return False
+    return True
 
 
 def _elsewhere(model: nn.Module, call: str) -> str:

@@ -19,6 +19,7 @@ from .choice import PatchedPart
 from .errors import NothingMatched, NumericMismatch
 from .experts.module import PatchedExperts
 from .kinds import KINDS
+from .match.attention_function import looks
 from .match.experts import implementation
 from .measure import by_time
 from .parallel.agree import everywhere, together
@@ -190,6 +191,8 @@ def apply_pattern(model: nn.Module, pattern: Pattern, journal: Journal) -> None:
 def apply_models(model: nn.Module, journal: Journal) -> None:
     """Patches the transformers models around what was patched."""
     count = len(journal.steps)
+    for look in looks(model):
+        journal.do(look)
     for pretrained in outermost_pretrained(model).values():
         journal.do(InjectClass(pretrained, PatchedModel, ModelState(count)))
         for part in pretrained.modules():

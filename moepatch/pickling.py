@@ -85,7 +85,7 @@ def reduced(module: nn.Module, parts: tuple[tuple[type, ...], type[nn.Module]]) 
     ordinary = OrderedDict((key, value) for key, value in state.items() if not key.startswith(OURS))
     # An attribute beside the items: whoever sets the ordinary state sees the items alone.
     ordinary.moepatch = packed((mixins, {key: value for key, value in state.items() if key.startswith(OURS)}))
-    return operator.methodcaller("__new__", cls), (cls,), ordinary, None, None, _if_imported("revive", cls.__setstate__)
+    return operator.methodcaller("__new__", cls), (cls,), ordinary, None, None, _if_imported("revive", _Result(getattr, cls, "__setstate__"))
 
 
 def revive(module: nn.Module, state: OrderedDict[str, Any]) -> None:
@@ -98,6 +98,8 @@ def revive(module: nn.Module, state: OrderedDict[str, Any]) -> None:
     module.__setstate__(state)
     vars(module).update(ours)
     module.__class__ = cls
+    if module._moepatch_watch is not None:
+        module._moepatch_watch.adopt(module)
     module.made_again()
 
 
@@ -107,10 +109,14 @@ class OnOthers:
     def __deepcopy__(self, memo: dict[int, Any]):
         memo[id(self)] = made = type(self).__new__(type(self))
         vars(made).update(copy.deepcopy(vars(self), memo))
+        made.copied()
         return made
 
     def __reduce__(self):
         return _if_imported("made_again", operator.is_), packed((type(self), vars(self)))
+
+    def copied(self) -> None:
+        """What is to be done when a copy has been made, or an unpickled one; the modules that it speaks of are complete by then."""
 
 
 def made_again(data: bytes, shared: list[Any]) -> Any:
@@ -118,4 +124,5 @@ def made_again(data: bytes, shared: list[Any]) -> Any:
     cls, state = unpacked(data, shared)
     made = cls.__new__(cls)
     vars(made).update(state)
+    made.copied()
     return made

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_flatten
 
 from .kinds import KINDS
 from .layers.attention import name_of
-from .layers.attention.kind import SetImplementation
 from .planning import Pattern
 from .replica import replica
 
@@ -62,7 +61,7 @@ def piece(
     module = kind.at_work(model.get_submodule(pattern.site.fqn), spec, backend, lambda original: replica(original, {}, fill))
     if backend is not None and attention is not None and kind.name in ("attention_block", "latent"):
         module.config = copy.copy(module.config)
-        SetImplementation(module.config, name_of(attention)).do()
+        module.config._attn_implementation_internal = name_of(attention)
     call = kind.bench(spec, dtype, device, torch.Generator().manual_seed(0), tokens).trainable()
     function = kind.call or (forward(module) if forward is not None else type(module).forward)
 

@@ -20,8 +20,12 @@ from .stand_in import CLOSED, content
 
 #: What Python values are compared by what they are, not by which object they are.
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
+#: Longer lists are no settings.
+_MOST_ITEMS = 64
 #: Files whose functions stand around the forward of every class, patched ones too.
 _AROUND = ("transformers.modeling_layers",)
+#: Packages whose files have nothing to do with each other.
+_LARGE = ("", "transformers", "torch.nn.modules")
 #: Steps of Python's code between a value and what is read of it.
 _NOTHING = ("CACHE", "PUSH_NULL", "COPY", "DUP_TOP", "NOP", "EXTENDED_ARG")
 
@@ -33,7 +37,7 @@ class Reads:
     Attributes:
         names: everything that its code mentions, strings included: they may be names of attributes.
         methods: those names that the class defines.
-        functions: of the files that the class is written in: the module of the file, the name, the value now.
+        functions: of the files that the class is written in, and of those beside them: the module of the file, the name, the value now. Constants, too.
         registries: tables of functions that transformers keeps, such as those of attention and experts.
         off: from a name to the names that the code reads of what has that name: ``self.config.x`` is ``x`` of ``config``.
     """
@@ -53,8 +57,17 @@ def family_classes(cls: type) -> list[type]:
 def reads_of(cls: type) -> Reads:
     """What the forward of a class may read, with everything that it calls by name."""
     bases = family_classes(cls)
-    files = {base.__module__ for base in bases}
-    todo = [(function, True) for base in bases for function in functions_in(vars(base).get("forward"))]
+    return _reads([f for base in bases for f in functions_in(vars(base).get("forward"))], bases, {base.__module__ for base in bases})
+
+
+def reads_of_function(function: FunctionType) -> Reads:
+    """What a function may read, with everything that it calls by name."""
+    return _reads([function], [], {str(function.__globals__.get("__name__"))})
+
+
+def _reads(starts: list[FunctionType], bases: list[type], files: set[str]) -> Reads:
+    packages = {package for file in files if (package := file.rpartition(".")[0]) not in _LARGE}
+    todo = [(function, True) for function in starts]
     seen: dict[int, FunctionType] = {}
     names: set[str] = set()
     off: dict[str, frozenset[str]] = {}
@@ -73,7 +86,7 @@ def reads_of(cls: type) -> Reads:
         todo += [(f, own) for name in mentioned for base in bases if not name.startswith("__") for f in functions_in(vars(base).get(name))]
         scope = function.__globals__ if file.partition(".")[0] not in CLOSED else {}
         known = {name: scope[name] for name in globals_of(function.__code__) if name in scope}
-        if file in files and vars(sys.modules.get(file, object)) is scope:
+        if (file in files or file.rpartition(".")[0] in packages) and vars(sys.modules.get(file, object)) is scope:
             functions |= {(file, name): (sys.modules[file], name, value) for name, value in known.items() if _may_be_replaced(value)}
         for value in (*known.values(), *map(content, function.__closure__ or ())):
             todo += [(f, own) for f in functions_in(value)]
@@ -146,4 +159,6 @@ def is_registry(value: Any) -> bool:
 
 def _may_be_replaced(value: Any) -> bool:
     """Whether code that calls it by name would do something else if the name meant something else."""
+    if isinstance(value, (list, tuple, dict, set)):
+        return len(value) <= _MOST_ITEMS and all(isinstance(item, PLAIN) for item in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, (FunctionType, BuiltinFunctionType, nn.Module, *PLAIN)) or callable(value) and not isinstance(value, type)

@@ -22,7 +22,7 @@ from .pickling import reduced
 from .reads import Reads
 from .watch import Change, Watch, watch
 
-_transforms, _traces = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+_compiles, _transforms, _traces = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active, torch._C._is_tracing
 
 
 class Patched:
@@ -31,6 +31,8 @@ class Patched:
     The instance attribute ``_moepatch`` holds the patch's state, a plain value without modules or tensors.
     """
 
+    #: False if the mixin only stands around a forward: the one underneath says whether something has changed that its family reads.
+    stands_aside = True
     #: False if it takes weights of any shape.
     reads_shapes = True
     _moepatch: Any
@@ -65,7 +67,11 @@ class Patched:
         return () if self._moepatch_watch is None else tuple(self._moepatch_watch.said)
 
     def leave_to_family(self) -> None:
-        """Is called before the family's code computes what has changed; raises where that code cannot."""
+        """Is called before the family's code computes what has changed.
+
+        Raises:
+            MoePatchError: that code cannot.
+        """
 
     def __copy__(self) -> nn.Module:
         return self._moepatch_again(dict)
@@ -112,11 +118,11 @@ def _guarded(mixin: type[Patched], forward: Callable[..., Any]) -> Callable[...,
 
     @functools.wraps(forward)
     def guarded(self, *args, **kwargs):
-        watch = self._moepatch_watch
-        if watch is not None and watch.changed(self):
+        compiling, watch = _compiles(), self._moepatch_watch
+        if watch is not None and mixin.stands_aside and (watch.changed_in_graph(self) if compiling else watch.changed(self)):
             self.leave_to_family()
             return super(Patched, self).forward(*args, **kwargs)
-        if _transforms() or _traces():
+        if not compiling and (_transforms() or _traces()):
             return self.traced(super(mixin, self).forward, functools.partial(forward, self), args, kwargs)
         return forward(self, *args, **kwargs)
 
@@ -125,7 +131,7 @@ def _guarded(mixin: type[Patched], forward: Callable[..., Any]) -> Callable[...,
 
 def is_traced() -> bool:
     """Whether a ``torch.func`` transform or ``torch.jit.trace`` is at work on this thread, for which modules run their family's code."""
-    return _transforms() or _traces()
+    return not _compiles() and (_transforms() or _traces())
 
 
 class MadeClasses:
@@ -212,10 +218,13 @@ def _unpatched(cls: type) -> type:
 def is_bare(module: nn.Module) -> bool:
     """Whether not calling a module's ``__call__``, but computing what it does, leaves nothing out."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooked or "forward" in module.__dict__:
-        return False
+    return not hooked and "forward" not in module.__dict__ and is_as_patched(module)
+
+
+def is_as_patched(module: nn.Module) -> bool:
+    """Whether what a patch knows of a module still holds; also of a module that is not patched."""
     watch = module._moepatch_watch if isinstance(module, Patched) else None
-    return watch is None or not watch.changed(module)
+    return watch is None or not (watch.changed_in_graph(module) if _compiles() else watch.changed(module))
 
 
 _HOOKS = {
@@ -262,7 +271,7 @@ class InjectClass:
     Attributes:
         module: the module.
         mixin: what to put over its class, which may be a patched one.
-        state: becomes ``module._moepatch``.
+        state: becomes ``module._moepatch``; None: that of the patch underneath stays.
         before: the state of the patch underneath.
         needless: whether another site that shares the module had patched it so.
     """
@@ -280,7 +289,8 @@ class InjectClass:
             return
         self.before = vars(self.module).get("_moepatch")
         cls = patched_class(self.mixin, type(self.module))
-        self.module._moepatch = self.state
+        if self.state is not None:
+            self.module._moepatch = self.state
         self.module.__class__ = cls
 
     def undo(self) -> None:

@@ -15,13 +15,13 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .reads import PLAIN, Reads, family_classes, reads_of
+from .reads import PLAIN, Reads, family_classes, reads_of, reads_of_function
 
 
 class Absent:
@@ -39,6 +39,8 @@ EXPERTS_CHOICE = "_experts_implementation_internal"
 #: What every module has.
 _MODULES_OWN = frozenset(vars(nn.Module())) | {"_moepatch", "_moepatch_watch"}
 _MOST_ITEMS = 64
+#: What may change and stay the same object.
+_CONTAINERS = (list, dict, set)
 
 
 class Entry(NamedTuple):
@@ -145,10 +147,12 @@ class Watch:
     said: list[Change] = field(default_factory=list)
     _bound: _Bound | None = field(default=None, repr=False)
 
-    def changed(self, module: nn.Module) -> bool:
-        """Whether something is not what it was: what each call asks, for some tens of nanoseconds an entry."""
-        if torch.compiler.is_compiling():
-            return self._traced(module)
+    def changed(self, module: Any) -> bool:
+        """Whether something is not what it was: what each call asks, for some tens of nanoseconds an entry.
+
+        Args:
+            module: whose watch it is; anything, for the watch of functions.
+        """
         bound = self._bound
         if bound is not None and bound.module is module:
             try:
@@ -171,15 +175,20 @@ class Watch:
 
     def _owner(self, module: nn.Module, path: str) -> nn.Module | None:
         """The child that an entry speaks of, if it still is of the class that it was: it may have been wrapped."""
-        child = module._modules.get(path) if path else module
-        return child if not path or isinstance(child, self.types[path]) else None
+        if not path:
+            return module
+        above, _, name = path.rpartition(".")
+        parent = self._owner(module, above)
+        child = None if parent is None else parent._modules.get(name)
+        return child if isinstance(child, self.types[path]) else None
 
-    def _stands_in(self, module: nn.Module, name: str) -> bool:
+    def _stands_in(self, parent: nn.Module, entry: Entry) -> bool:
         """Whether a child does what the one did that the patch knows: it is of that class, or wraps a weight of that shape, as adapters do."""
-        if self._owner(module, name) is not None:
+        child, path = parent._modules.get(entry.name), _below(entry)
+        if isinstance(child, self.types[path]):
             return True
-        shape = next((entry.value for entry in self.entries if entry.path == name and entry.name == "weight" and entry.kind == "shape"), None)
-        return shape is not None and getattr(getattr(module._modules.get(name), "weight", None), "shape", None) == shape
+        shape = next((other.value for other in self.entries if other.path == path and other.name == "weight" and other.kind == "shape"), None)
+        return shape is not None and getattr(getattr(child, "weight", None), "shape", None) == shape
 
     def _bind(self, module: nn.Module) -> _Bound:
         question, found = _Question(), []
@@ -205,30 +214,36 @@ class Watch:
             else:
                 scope = _SCOPES[entry.kind](owner, entry.via)
                 now = scope.get(entry.name, Absent)
-                if entry.kind == "choice" and (now,) == entry.value:  # unpickled, and nobody has chosen
-                    entry, now = self._adopted(entry, scope)
                 question.ask(*((f"{entry.name!r} not in {{}}", scope) if now is Absent else (f"{{}}[{entry.name!r}] is {{}}", scope, now)))
-                if isinstance(now, (list, dict, set)) and entry.value is not Followed:
+                if isinstance(now, _CONTAINERS) and entry.value is not Followed:
                     question.ask("{} == {}", now, copy.copy(now))
                 differs = not _same(now, entry.value, entry.kind == "choice")
-                if entry.kind == "child" and entry.value is Followed and not self._stands_in(module, entry.name):
-                    entry, differs = entry._replace(value=self.types[entry.name]), True
+                if entry.kind == "child" and entry.value is Followed and not self._stands_in(owner, entry):
+                    entry, differs = entry._replace(value=self.types[_below(entry)]), True
             if differs:
                 found.append(_change(entry, now))
         return _Bound(module, question.function(), tuple(dict.fromkeys(found)))
 
-    def _adopted(self, entry: Entry, scope: dict[str, Any]) -> tuple[Entry, str]:
-        now = scope[entry.name] = marked(scope[entry.name])
-        adopted = entry._replace(value=now)
-        self.entries = tuple(adopted if other is entry else other for other in self.entries)
-        return adopted, now
+    def adopt(self, module: nn.Module) -> None:
+        """After a pickle: what a configuration says now is what it said at the patch, if it is equal; which string object it was no pickle says."""
+        entries = []
+        for entry in self.entries:
+            if entry.kind == "choice" and isinstance(entry.value, tuple):
+                scope = _SCOPES["choice"](self._owner(module, entry.path), entry.via)
+                if (scope.get(entry.name),) == entry.value:
+                    scope[entry.name] = marked(scope[entry.name])
+                    entry = entry._replace(value=scope[entry.name])
+            entries.append(entry)
+        self.entries = tuple(entries)
 
-    def _traced(self, module: nn.Module) -> bool:
+    def changed_in_graph(self, module: nn.Module) -> bool:
         """As `changed`, in steps that torch.compile can follow, so that it guards what they read."""
         for kind, path, via, name, value in self.entries:
-            if kind not in ("attribute", "child", "config", "class", "global") or value is Followed or value is Absent or isinstance(value, (list, dict, set)):
+            if kind not in ("attribute", "child", "config", "class", "global") or value is Followed or value is Absent or isinstance(value, _CONTAINERS):
                 continue
-            owner = via if kind in ("class", "global") else getattr(module, path) if path else module
+            owner = via if kind in ("class", "global") else module
+            for step in path.split(".") if path and owner is module else ():
+                owner = getattr(owner, step)
             owner = getattr(owner, via) if kind == "config" else owner
             now = getattr(owner, name, Absent)
             if type(value) in PLAIN:
@@ -247,7 +262,9 @@ class Watch:
                 kept.append(entry._replace(value=(entry.value,)))  # which object it is a pickle does not say
             elif entry.kind == "global":
                 kept.append(entry._replace(via=entry.via.__name__, value=None))
-            elif entry.kind not in ("registered", "registry"):
+            elif entry.kind in ("registered", "registry"):
+                kept.append(entry._replace(via=_found_as(entry.via), value=None))
+            else:
                 kept.append(entry._replace(value=None) if entry.kind == "class" else entry)
         return {"entries": tuple(kept), "types": dict(self.types), "said": self.said}
 
@@ -256,10 +273,13 @@ class Watch:
         for entry in state["entries"]:
             if entry.kind == "global":
                 entry = entry._replace(via=sys.modules.get(entry.via))
-            if entry.kind in ("global", "class"):
+            elif entry.kind in ("registered", "registry"):
+                entry = entry._replace(via=getattr(sys.modules.get(entry.via[0]), entry.via[1], None))
+            if entry.kind in ("global", "registered", "registry", "class"):
                 if entry.via is None:
                     continue
-                entry = entry._replace(value=getattr(entry.via, entry.name, Absent))
+                now = getattr(entry.via, entry.name, Absent) if entry.kind == "class" else _SCOPES[entry.kind](None, entry.via).get(entry.name, Absent)
+                entry = entry._replace(value=now)
             entries.append(entry)
         self.entries, self.types, self.said, self._bound = tuple(entries), state["types"], state["said"], None
 
@@ -267,6 +287,16 @@ class Watch:
         copied = {"attribute", "child", "config"}
         entries = (entry._replace(value=copy.deepcopy(entry.value, memo)) if entry.kind in copied else entry for entry in self.entries)
         return Watch(tuple(entries), self.types, list(self.said))
+
+
+def _below(entry: Entry) -> str:
+    return f"{entry.path}.{entry.name}" if entry.path else entry.name
+
+
+def _found_as(registry: Any) -> tuple[str, str]:
+    """The Python module that has a registry, and its name there."""
+    file = type(registry).__module__
+    return file, next((name for name, value in vars(sys.modules[file]).items() if value is registry), "")
 
 
 def _same(now: Any, then: Any, only_itself: bool = False) -> bool:
@@ -324,31 +354,48 @@ def watch(
         family: gives the class that a module had before it was patched.
         patched: the class of modules that have a watch of their own.
         followed: names of attributes and config values that the patched module reads itself.
-        inside: whether what the patch knows may come from children.
+        inside: whether what the patch knows may come from children that have weights.
         shapes: whether it may come from the shapes of weights.
         memo: what classes read, shared by the modules of a model.
     """
-    entries = list(_of_part(module, family(module), "", followed, memo))
+    entries: list[Entry] = []
     types: dict[str, type] = {}
-    parts = {"": module}
-    for name, child in module._modules.items():
-        if child is None:
-            entries.append(Entry("child", "", None, name, None))
-            continue
-        types[name] = family(child)
-        # What has weights is called by patched modules, or looked at; an activation is known from the patch alone.
-        known = next(child.parameters(), None) is None
-        entries.append(Entry("child", "", None, name, child if known else Followed))
-        if inside and not isinstance(child, patched):
-            parts[name] = child
-            entries += _of_part(child, type(child), name, followed, memo)
-            entries += [Entry("hooks", name, None, hooks, None) for hooks in _HOOKS] if known else []
-            entries += [Entry("attribute", name, None, "forward", Absent)] if known else []
-    for path, part in parts.items() if shapes else ():
-        entries += [Entry("shape", path, None, name, p.shape) for name, p in part._parameters.items() if p is not None]
+    todo = [("", module)]
+    while todo:
+        path, part = todo.pop(0)
+        entries += _of_part(part, family(part), path, followed, memo)
+        entries += [Entry("shape", path, None, name, p.shape) for name, p in part._parameters.items() if shapes and p is not None]
+        for name, child in part._modules.items():
+            if child is None:
+                entries.append(Entry("child", path, None, name, None))
+                continue
+            below = f"{path}.{name}" if path else name
+            types[below] = family(child)
+            # What has weights is called by patched modules, or looked at; an activation is known from the patch alone.
+            known = next(child.parameters(), None) is None
+            entries.append(Entry("child", path, None, name, child if known else Followed))
+            if (inside or known) and not isinstance(child, patched):
+                todo.append((below, child))
+                entries += [Entry("hooks", below, None, hooks, None) for hooks in _HOOKS] if known else []
+                entries += [Entry("attribute", below, None, "forward", Absent)] if known else []
     everywhere = ("class", "global", "registered", "registry")  # the same, whichever part of the module reads it
     once = {(e.kind, None if e.kind in everywhere else e.path, id(e.via) if e.kind in everywhere else e.via, e.name): e for e in reversed(entries)}
     return Watch(tuple(reversed(once.values())), types)
+
+
+def watch_functions(registry: Any, name: str | None, eager: Collection[tuple[ModuleType, str, FunctionType]]) -> Watch:
+    """The watch of what a name means that transformers looks up.
+
+    Args:
+        registry: of functions by name.
+        name: of one of them; or of none, where each family has its own.
+        eager: those own ones, each with the Python module and the name under which its family finds it.
+    """
+    if name in registry:
+        tables = (("registered", registry._local_mapping), ("registry", registry._global_mapping))
+        return Watch(tuple(Entry(kind, "", registry, name, table.get(name, Absent)) for kind, table in tables), {})
+    found = [known for known in eager] + [called for _, _, function in eager for called in reads_of_function(function).functions]
+    return Watch(tuple(dict.fromkeys(Entry("global", "", file, called, value) for file, called, value in found)), {})
 
 
 def _of_part(part: nn.Module, cls: type, path: str, followed: Collection[str], memo: dict[type, Reads]) -> Iterator[Entry]:
@@ -364,12 +411,12 @@ def _of_part(part: nn.Module, cls: type, path: str, followed: Collection[str], m
             yield Entry("class", path, cls, name, getattr(cls, name))
             if name != "forward":
                 yield Entry("attribute", path, None, name, Absent)
-    yield from (Entry("global", path, file, name, value) for file, name, value in reads.functions)
+    yield from (Entry("global", path, file, name, copy.copy(value) if isinstance(value, _CONTAINERS) else value) for file, name, value in reads.functions)
 
 
 def _of_attribute(part: nn.Module, path: str, name: str, reads: Reads, followed: Collection[str]) -> Iterator[Entry]:
     value = vars(part)[name]
-    if isinstance(value, (list, dict, set)):
+    if isinstance(value, _CONTAINERS):
         if len(value) <= _MOST_ITEMS:
             yield Entry("attribute", path, None, name, copy.copy(value))
     elif not hasattr(value, "__dict__") or callable(value) or isinstance(value, torch.Tensor):
@@ -398,7 +445,7 @@ def _of_config(config: Any, names: frozenset[str], followed: Collection[str]) ->
             value = vars(config)[name]
             if isinstance(value, (*PLAIN, tuple)):
                 yield name, value
-            elif isinstance(value, (list, dict, set)) and len(value) <= _MOST_ITEMS:
+            elif isinstance(value, _CONTAINERS) and len(value) <= _MOST_ITEMS:
                 yield name, copy.copy(value)
 
 

@@ -212,7 +212,8 @@ def _holders(read: Read, model: nn.Module) -> list[Any]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a change did to a patched model: ``as plain``, ``no effect``, ``as plain: error``, ``in words``; or ``IGNORED`` or ``WRONG``."""
+    """What a change did to a patched model: ``as plain``, ``no effect``, ``as plain: error``, ``in words``; or ``IGNORED`` or ``WRONG``. ``no error``:
+    plain raises, and the patched model gives what it gave before, because it takes from its tensors what plain takes from the attribute."""
 
     read: Read
     what: str
@@ -239,8 +240,9 @@ def tried(name: str, read: Read, plain: nn.Module, patched: nn.Module, usual: to
     if isinstance(ours, moepatch.MoePatchError):
         return Outcome(read, "in words", str(ours))
     if isinstance(theirs, Exception):
-        same = isinstance(ours, Exception)
-        return Outcome(read, "as plain: error" if same else "WRONG", "" if same else f"plain raises {theirs!r:.80}")
+        as_before = isinstance(ours, torch.Tensor) and ours.shape == usual.shape and compare.error(ours, usual) < 1e-5
+        what = "as plain: error" if isinstance(ours, Exception) else "no error" if as_before else "WRONG"
+        return Outcome(read, what, f"plain raises {theirs!r:.80}")
     if isinstance(ours, Exception):
         return Outcome(read, "WRONG", f"{ours!r:.200}")
     if theirs.shape != ours.shape:
@@ -285,8 +287,8 @@ def main(names: list[str]) -> int:
         for outcome in bad:
             print(f"    {outcome.what}: {outcome.read}: {outcome.detail}", flush=True)
         for outcome in found:
-            if outcome.what == "in words":
-                print(f"    in words: {outcome.read}: {outcome.detail[:160]}", flush=True)
+            if outcome.what in ("in words", "no error"):
+                print(f"    {outcome.what}: {outcome.read}: {outcome.detail[:160]}", flush=True)
     print(f"{missed} changes were not noticed.")
     return min(missed, 100)
 

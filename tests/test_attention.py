@@ -29,14 +29,15 @@ from moepatch.layers.attention import CHAINS, attention_function, attention_mask
 from moepatch.layers.attention import sink_kernels as kernels
 from moepatch.layers.attention.exact import plain_attention
 from moepatch.layers.attention.kernel import How
-from moepatch.layers.attention.kind import ATTENTION_FUNCTION, AttentionCalls, SetImplementation, trial
+from moepatch.layers.attention.kind import ATTENTION_FUNCTION, AttentionCalls, trial
 from moepatch.layers.attention.masks import Mask, read_pattern
 from moepatch.layers.attention.packing import Packing
 from moepatch.layers.attention.sinks import with_sinks
 from moepatch.layers.attention.spec import CAUSAL, AttentionSpec, AttentionUse
 from moepatch.layers.attention.torch_kernels import why_older_cudnn
-from moepatch.match.attention_function import left_alone, match_attention_function
+from moepatch.match.attention_function import left_alone, looks, match_attention_function
 from moepatch.scan import Scan
+from moepatch.surgery import Journal
 
 TWIN = "moepatch_twin"
 SEQ = 24  # three windows of the zoo's models
@@ -83,15 +84,15 @@ def sites(model):
 @contextlib.contextmanager
 def attention(model, name):
     """All attention of a model by one name."""
-    steps = [SetImplementation(model.get_submodule(site.fqn).config, name) for site in sites(model)]
-    assert steps
-    for step in steps:
-        step.do()
+    before = [(config := model.get_submodule(site.fqn).config, config._attn_implementation_internal) for site in sites(model)]
+    assert before
+    for config, _ in before:
+        config._attn_implementation_internal = name
     try:
         yield
     finally:
-        for step in reversed(steps):
-            step.undo()
+        for config, name in before:
+            config._attn_implementation_internal = name
 
 
 def inputs(case, model):
@@ -405,17 +406,28 @@ def test_the_step_is_undone_exactly_and_nested_configurations_keep_theirs():
     before = {name: config._attn_implementation for name, config in configurations(model)}
     found = sites(model)
     assert [site.fqn for site in found] == ["model.visual", "model.language_model"]
-    step_, _ = ATTENTION_FUNCTION.steps(model.model.language_model, found[1].spec, "torch")
-    step_.do()
-    assert model.config.text_config._attn_implementation == "moepatch_torch"
-    assert model.config._attn_implementation == model.config.vision_config._attn_implementation == "sdpa"
-    assert match_attention_function(Scan(model).of(model.model.language_model), Scan(model), {}) is None  # it has been patched
-    assert "moepatch" not in model.config.to_json_string()
-    step_.undo()
+    (step_,) = ATTENTION_FUNCTION.steps(model.model.language_model, found[1].spec, "torch")
+    text, journal = model.model.language_model, Journal()
+    journal.do(step_)
+    for look in looks(model):
+        journal.do(look)
     assert {name: config._attn_implementation for name, config in configurations(model)} == before
-    step_.do()
+    def look(*unused):
+        attention = text.layers[0].self_attn
+        seen.extend(c._attn_implementation for c in (attention.config, text.config, model.config.text_config, model.config, model.config.vision_config))
+
+    seen = []
+    text.layers[0].self_attn.q_proj.register_forward_hook(look)
+    assert match_attention_function(Scan(model).of(model.model.language_model), Scan(model), {}) is None  # it has been patched
+    model(**zoo.inputs("qwen3_vl_moe", model))
+    assert seen == ["moepatch_torch"] * 3 + ["sdpa"] * 2
+    assert "moepatch" not in model.config.to_json_string()
+    journal.undo()
+    assert {name: config._attn_implementation for name, config in configurations(model)} == before
+    assert not any("_moepatch" in key for module in model.modules() for key in vars(module))
+    journal.do(step_)
     model.set_attn_implementation("eager")
-    step_.undo()
+    journal.undo()
     assert model.config.text_config._attn_implementation == "eager"  # the user's later choice
 
 
@@ -454,7 +466,7 @@ def test_an_older_cudnn_than_torchs_is_refused_in_words():
 def test_a_pickled_model_finds_its_function_in_another_process(tmp_path):
     model = build("gpt_oss")
     given = inputs("whole", model)
-    SetImplementation(model.config, "moepatch_torch").do()
+    model.set_attn_implementation("moepatch_torch")
     model.eval()
     (tmp_path / "model").write_bytes(pickle.dumps((model, given, model(**given).logits)))
     code = "import pickle, sys, torch, moepatch.layers.attention.kind; m, x, y = pickle.load(open(sys.argv[1], 'rb')); assert torch.equal(m(**x).logits, y)"

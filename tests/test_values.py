@@ -7,10 +7,13 @@ import io
 import pickle
 
 import compare
+import listed
 import pytest
+import read_values
 import torch
 import zoo
 from torch import nn
+from transformers import AttentionInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_file
 
@@ -133,6 +136,25 @@ def test_a_function_that_is_replaced_after_the_patch_counts(pairs, row, monkeypa
         assert compare.error(logits("qwen3_moe", plain), before) > 1e-4
         assert alike("qwen3_moe", plain, patched)
     assert alike("qwen3_moe", plain, patched)
+
+
+SETTINGS = {"scale": 1.0}
+
+
+class ReadsSettings(qwen3_file.Qwen3MoeRMSNorm):
+    def forward(self, hidden_states):
+        return SETTINGS["scale"] * super().forward(hidden_states)
+
+
+def test_a_constant_of_the_file_counts(monkeypatch):
+    plain = zoo.build("qwen3_moe").train()
+    for norm in named("input_layernorm")(plain):
+        norm.__class__ = ReadsSettings
+    patched = moepatch.optimize(copy.deepcopy(plain), verify=False, measure=False)
+    assert all(isinstance(norm, Patched) for norm in named("input_layernorm")(patched))
+    before = logits("qwen3_moe", plain)
+    monkeypatch.setitem(SETTINGS, "scale", 1.5)
+    assert compare.error(logits("qwen3_moe", plain), before) > 1e-4 and alike("qwen3_moe", plain, patched)
 
 
 def test_a_forward_of_one_module_counts(pairs):
@@ -317,3 +339,107 @@ def test_gradients_are_plains_after_a_change(pairs):
     with changed((plain, patched), named("mlp.gate"), "top_k", 4), changed((plain, patched), named("mlp.experts"), "act_fn", lambda old: nn.GELU()):
         (_, theirs), (_, ours) = (compare.step("qwen3_moe", model) for model in (plain, patched))
     assert compare.together(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["dbrx", "gpt_oss", "jetmoe", "openai_privacy_filter", "qwen3_moe"])
+def test_everything_that_a_family_reads_counts(name):
+    """All families: ``python tests/read_values.py``."""
+    if zoo.available(name) is not None:
+        pytest.skip(zoo.available(name))
+    found = list(read_values.outcomes(name))
+    assert sum(outcome.what == "as plain" for outcome in found) > 1
+    assert [f"{o.what}: {o.read}: {o.detail}" for o in found if not o.ok] == []
+
+
+def test_a_block_with_a_list_of_experts_follows():
+    plain = listed.listed()
+    patched = moepatch.optimize(copy.deepcopy(plain), verify=False, measure=False)
+    ids = torch.arange(8).view(2, 4)
+    before = patched(ids)
+    blocks = lambda model: [m for m in model.modules() if hasattr(m, "top_k")]  # noqa: E731
+    with changed((plain, patched), blocks, "top_k", 1):
+        assert compare.error(plain(ids), before) > 1e-5 and compare.error(patched(ids), plain(ids)) < 1e-6
+        assert any("top_k is 1 and was 2" in note for note in moepatch.report(patched).notes)
+    assert torch.equal(patched(ids), before)
+
+
+def test_a_compiled_module_is_compiled_anew():
+    plain = zoo.build("qwen3_moe").train()
+    patched = moepatch.optimize(copy.deepcopy(plain), verify=False, measure=False)
+    gates = [named("mlp.gate")(model)[0] for model in (plain, patched)]
+    x = torch.randn(5, zoo.COMMON["hidden_size"])
+    torch._dynamo.reset()
+    compiled = torch.compile(gates[1], backend="eager", fullgraph=True)
+    for change in ({"top_k": 4}, {"top_k": 2}, {"norm_topk_prob": False}):
+        for name, value in change.items():
+            for gate in gates:
+                setattr(gate, name, value)
+        assert all(compare.error(a, b) < 1e-5 for a, b in zip(compiled(x), gates[0](x), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qwen3_file.Qwen3MoeTopKRouter, "forward", scaled(qwen3_file.Qwen3MoeTopKRouter.forward))
+        assert all(compare.error(a, b) < 1e-5 for a, b in zip(compiled(x), gates[0](x), strict=True))
+
+
+def set_attention_top(model):
+    model.set_attn_implementation("sdpa")
+
+
+def set_attention_inside(model):
+    model.model.set_attn_implementation("sdpa")
+
+
+def set_attention_in_config(model):
+    model.config._attn_implementation = "sdpa"
+
+
+@pytest.mark.parametrize("choose", [set_attention_top, set_attention_inside, set_attention_in_config])
+def test_choosing_the_attention_function_that_stood_at_the_patch_counts(choose, pairs):
+    _, patched = pairs("qwen3_moe")
+    calls, own = [], AttentionInterface()["sdpa"]
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    AttentionInterface.register("sdpa", counting)
+    try:
+        model = moepatch.optimize(zoo.build("qwen3_moe"), verify=False, measure=False)
+        for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert twin.config._attn_implementation == "sdpa"
+            logits("qwen3_moe", twin)
+            assert not calls
+            choose(twin)
+            for again in (twin, copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
+                logits("qwen3_moe", again)
+                assert len(calls) == 2
+                del calls[:]
+    finally:
+        AttentionInterface.register("sdpa", own)
+
+
+def test_an_attention_function_that_is_registered_anew_counts(pairs):
+    plain, patched = pairs("qwen3_moe")
+    own, before = AttentionInterface()["sdpa"], logits("qwen3_moe", plain)
+    AttentionInterface.register("sdpa", scaled(own))
+    try:
+        assert compare.error(logits("qwen3_moe", plain), before) > 1e-4 and alike("qwen3_moe", plain, patched)
+        assert any(note.startswith("attention: ") for note in moepatch.report(patched).notes)
+    finally:
+        AttentionInterface.register("sdpa", own)
+    assert alike("qwen3_moe", plain, patched)
+
+
+@pytest.mark.parametrize("how", ["config", "argument"])
+def test_attention_weights_that_are_asked_for_after_the_patch_are_returned(how):
+    plain = zoo.build("gpt_oss").eval()
+    patched = moepatch.optimize(copy.deepcopy(plain), verify=False, measure=False)
+    inputs = {key: value for key, value in zoo.inputs("gpt_oss", plain).items() if key != "labels"}
+    if how == "argument":
+        inputs["output_attentions"] = True
+    for model in (plain, patched):
+        if how == "config":
+            model.config.output_attentions = True
+    with torch.no_grad():
+        theirs, ours = (model(**inputs) for model in (plain, patched))
+    assert compare.error(ours.logits, theirs.logits) < 1e-5 and len(ours.attentions) == len(theirs.attentions) > 0
+    assert all(compare.error(a, b) < 1e-5 for a, b in zip(ours.attentions, theirs.attentions, strict=True))

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moepatch
 from moepatch import api, planning, registry, trial
+from moepatch.layers.attention.sight import choices
 from moepatch.match import experts as match_experts
 
 #: A family for each table of backends that serves on the CPU.
@@ -137,15 +138,16 @@ def test_where_no_backend_fits_the_pattern_keeps_the_familys_code(monkeypatch):
 
 
 def test_the_attention_function(monkeypatch):
-    """It is patched through the configuration, and tried as something that stands in its place."""
+    """It is patched through what is seen of the configuration, and tried as something that stands in its place."""
     monkeypatch.setitem(registry._LOADED, ("attention", "torch"), wrong(registry.compute("attention", "torch")))
     model = moepatch.optimize(zoo.build("qwen3_moe"))
-    assert model.config._attn_implementation == "moepatch_reference"
+    (choice,) = set(choices(model))
+    assert choice.backend == "reference" and model.config._attn_implementation == zoo.build("qwen3_moe").config._attn_implementation
     (pattern,) = of(moepatch.report(model).plan, "attention")
     assert pattern.backend == "reference" and "torch: failed its verification" in pattern.why
     assert any("'torch' does not compute" in note and "'reference' was taken instead" in note for note in moepatch.report(model).notes)
     moepatch.restore(model)
-    assert model.config._attn_implementation == zoo.build("qwen3_moe").config._attn_implementation
+    assert not set(choices(model))
 
 
 def test_a_model_of_which_nothing_is_left_is_as_it_was(monkeypatch):

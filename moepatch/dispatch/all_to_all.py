@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
+from ..once import once_differentiable
 from .base import Received
 
 
@@ -97,7 +98,7 @@ class _Dispatch(torch.autograd.Function):
         return _send(x_TH, exchange)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_NH):
         return _bring_back(grad_NH, ctx.exchange), None
 
@@ -111,7 +112,7 @@ class _Combine(torch.autograd.Function):
         return _bring_back(y_NH, exchange)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_TH):
         return _send(grad_TH, ctx.exchange), None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable
 from ..gpus import capability_of
+from ..once import once_differentiable
 from .base import Received
 
 #: Warps copy and add in steps of 32 lanes of 16 bytes, and wait for all their lanes in between: a narrower last step is undefined.
@@ -161,7 +162,7 @@ class _Dispatch(torch.autograd.Function):
         return x_NH, weights_NK, ids_NK, flight
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_NH, grad_weights_NK, *_):
         (ids_NK,) = ctx.saved_tensors
         # Ranks that a weight was not for received it as 0; their gradients of it mean nothing. Weights travel whether or not their
@@ -180,7 +181,7 @@ class _Combine(torch.autograd.Function):
         return flight.memory.bring_back(y_NH.contiguous(), None, flight)[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_TH):
         return ctx.flight.memory.send_again(grad_TH.contiguous(), ctx.flight), None
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..gpus import Gpu
 from ..kernels.symm_mem import Edges
+from ..once import once_differentiable
 from .base import Received
 from .chain import ALONE, Chain
 from .mover import Mover
@@ -147,7 +148,7 @@ class _Dispatch(torch.autograd.Function):
         return x_NH, ids_NK, weights_NK
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_x_NH, _, grad_weights_NK):
         ids_TK, ids_NK = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
@@ -169,7 +170,7 @@ class _Combine(torch.autograd.Function):
         return dispatcher.mover.back(y_NH, None, None, 1.0, ids_TK, ids_NK, edges, dispatcher.local_experts, dispatcher.num_sms)[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_TH):
         (ids_NK,) = ctx.saved_tensors
         return ctx.dispatcher.mover.gradient_out(grad_TH, ids_NK, ctx.edges, ctx.dispatcher.num_sms), None, None, None, None

@@ -18,6 +18,7 @@ from ..kernels.biases import add_bias_, sum_groups
 from ..kernels.combine import combine_rows, gather_tokens, row_dots
 from ..kernels.requirements import why_not_triton
 from ..kernels.routes import Routing, launches, route
+from ..once import once_differentiable
 from .gemm import rows_times, weight_gradient, why_not_grouped
 from .grouped import grouped_experts
 from .shrink import cut_later
@@ -129,7 +130,7 @@ class _FusedExperts(torch.autograd.Function):
         return y_TH
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_TH):
         """Recomputes rows and activation; every gradient that nobody needs is left out."""
         routing, x_TH, pre, *tensors = kept_routing(ctx)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..once import once_differentiable
 from .activation import split_gate
 from .gemm import rows_times, weight_gradient
 from .routes import Routes, gather_rows, permute_weights, sort_routes, sum_rows, unpermute, zero_sentinels
@@ -81,7 +82,7 @@ class _GroupedMLP(torch.autograd.Function):
         return out_RH
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_RH):
         """Recomputes rows and activation; every gradient that nobody needs is left out."""
         x_TH, weights_R, *saved = ctx.saved_tensors

@@ -58,7 +58,7 @@ class PatchedExperts(Patched):
         Raises:
             MoePatchError: always for a list.
         """
-        if issubclass(original_class(self), nn.ModuleList):
+        if _is_stacked(self):
             raise MoePatchError(cannot_follow(self, "the experts of the list are stacked into one weight, which only the patched block can compute with"))
 
     def forward(self, *args, **kwargs):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..autocast import autocast_dtype
 from ..layout.experts import Weight
+from ..once import once_differentiable
 from ..registry import compute
 from ..surgery import Patched
 from .gemm import rows_times, weight_gradient
@@ -103,7 +104,7 @@ class _GroupedLinear(torch.autograd.Function):
         return rows_times(x_RA, w_EBA, offs_E)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_RB):
         x_RA, w_EBA, offs_E = ctx.saved_tensors
         needs_x, needs_w, _ = ctx.needs_input_grad

@@ -22,6 +22,7 @@ from ..layout.ops import Transpose
 from ..needs import BF16_FP16, missing
 from . import quack_calls as calls
 from . import quack_gemms
+from ..once import once_differentiable
 from .fused import Operands, down_bias_gradient, fused_experts, keep_routing, kept_routing, operands_of
 from .quack_epilogues import epilogues, has
 from .shrink import cut_later
@@ -101,7 +102,7 @@ class _QuackExperts(torch.autograd.Function):
         return y_TH
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_TH):
         """Recomputes the activation; every gradient that nobody needs is left out."""
         routing, x_TH, pre, *tensors = kept_routing(ctx)

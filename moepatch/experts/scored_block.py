@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..surgery import Patched
+from ..surgery import Patched, is_as_patched
 from .spec import ExpertsSpec
 
 
@@ -63,11 +63,14 @@ class PatchedScoredBlock(Patched):
     def forward(self, hidden_states):
         """See the class."""
         spec = self._moepatch.spec
+        experts = self.get_submodule(spec.experts_name)
+        if not is_as_patched(experts):  # the family's block calls them otherwise
+            return super().forward(hidden_states)
         x_TH = hidden_states.flatten(0, -2)
         scores_TE, logits = self.get_submodule(spec.router_name)(x_TH)
         # Scores are above 0 exactly where the router chose, so the largest are the chosen ones.
         scores_TK, ids_TK = scores_TE.topk(spec.top_k, dim=-1)
-        routed_TH = self.get_submodule(spec.experts_name)(x_TH, ids_TK, scores_TK)
+        routed_TH = experts(x_TH, ids_TK, scores_TK)
         if spec.shared_name is not None:
             routed_TH = routed_TH + self.get_submodule(spec.shared_name)(x_TH)
         return routed_TH, logits

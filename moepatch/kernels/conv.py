@@ -16,6 +16,7 @@ try:  # The reference needs no Triton.
 except ImportError:
     triton = None
 
+from ..once import once_differentiable
 from .jit import jit
 
 _ROWS, _CHANNELS = 32, 128
@@ -86,6 +87,7 @@ class CausalConv(torch.autograd.Function):
         return conv_forward(x_BTC, weight_CK, bias_C, mask_BT)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BTC):
         """See `conv_backward`."""
         x_BTC, weight_CK, bias_C, mask_BT = ctx.saved_tensors

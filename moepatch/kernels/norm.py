@@ -10,10 +10,10 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..gpus import shared_memory
 from ..layers.norm import CASTS, GATES, NormSpec, reference_norm
+from ..once import once_differentiable
 from .launch import Prepared
 from .norm_jit import backward_kernel, forward_kernel, sum_kernel
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..autocast import autocast_dtype
 from ..layers.router import GROUP_SCORES, SCORES, Routing, RouterSpec, logits_of, reference_choice, result_dtype
+from ..once import once_differentiable
 from .launch import Prepared, launch
 from .router_jit import choice_kernel, gradient_kernel, parts_kernel
 

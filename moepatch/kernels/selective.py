@@ -17,6 +17,7 @@ try:
 except ImportError:
     triton = None
 
+from ..once import once_differentiable
 from .jit import jit
 
 _TILE, _CHANNELS = 16, 32
@@ -78,6 +79,7 @@ class _Selective(torch.autograd.Function):
         return y, last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y, grad_last):
         x, dt, a_log, b, c, d, bias, gate = ctx.saved_tensors
         batch, tokens, channels = x.shape

@@ -29,6 +29,10 @@ from .linear import PROJECTIONS, project
 from .roles import Argument, ByRole, Given, Roles, followed
 from .rope import ROPES, HeadsSpec, dense_rows, reference_heads
 
+#: Where families keep the attention function that they have written out.
+EAGER = "eager_attention_forward"
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionBlockSpec:
     """What an attention module computes, and the names of its parts.
@@ -214,9 +218,9 @@ def _as_matched(inputs: Sequence[nn.Linear], spec: AttentionBlockSpec) -> bool:
 def attention_functions(cls: type) -> tuple[Any, Any] | None:
     """transformers' registry of attention functions and the family's eager one, as the forward of a class sees them; None without."""
     names = inspect.unwrap(cls.forward).__globals__
-    if "ALL_ATTENTION_FUNCTIONS" not in names or "eager_attention_forward" not in names:
+    if "ALL_ATTENTION_FUNCTIONS" not in names or EAGER not in names:
         return None
-    return names["ALL_ATTENTION_FUNCTIONS"], names["eager_attention_forward"]
+    return names["ALL_ATTENTION_FUNCTIONS"], names[EAGER]
 
 
 def is_fresh(cache: Any, layer: Any) -> bool:

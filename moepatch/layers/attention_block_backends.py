@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..kernels.requirements import why_not_triton
+from ..once import once_differentiable
 from ..registry import register_backend
 from .rope import HeadsSpec, dense_rows, reference_heads
 

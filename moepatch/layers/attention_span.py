@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..layout.adjacent import joined
+from ..once import once_differentiable
 from .attention.kernel import How, Raw
 from .attention.sinks import attend, attend_backward
 from .rope import HeadsSpec

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..autocast import autocast_dtype
@@ -19,6 +18,7 @@ from ..experts.activation import Activation, split_gate
 from ..kernels.gated import gated_backward, gated_backward_reference, gated_forward, gated_forward_reference
 from ..kind import Kind
 from ..layout.adjacent import Adjacent, adjacent, joined
+from ..once import once_differentiable
 from ..registry import compute
 from ..surgery import Patched, is_bare
 from ..trial import Call

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import transformer_engine.pytorch  # noqa: F401  (loads the extension)
 import transformer_engine_torch as te
-from torch.autograd.function import once_differentiable
 from transformer_engine.pytorch.constants import TE_DType
 
+from ..once import once_differentiable
 from .norm import NormSpec
 
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..kernels.gated import gated_backward, gated_backward_reference, gated_forward, gated_forward_reference
 from ..layout.adjacent import joined, joint_linear
+from ..once import once_differentiable
 from .mlp import MlpSpec, MlpWeights
 
 #: FP8 GEMMs want every width, and for the weights' gradients the number of tokens, divisible by this.

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+
+from ..once import once_differentiable
 
 
 #: The buffers that `side_by_side` has made, by the address of their first byte.
@@ -98,11 +99,16 @@ class Adjacent:
     def do(self) -> None:
         """Copies them into one buffer."""
         parameters = [self.module.get_parameter(name) for name in self.names]
-        if any(p.device.type == "meta" or p.numel() == 0 for p in parameters) or len({(p.device, p.dtype) for p in parameters}) > 1:
+        if _can_be_neighbours(parameters):
+            self.moved = parameters
+            self.copied()
+
+    def copied(self) -> None:
+        """Puts them beside each other, those of a copied model too: copies are made one by one."""
+        if not _can_be_neighbours(self.moved):
             return
-        self.moved = parameters
         with torch.no_grad():
-            for parameter, piece in zip(parameters, side_by_side(parameters), strict=True):
+            for parameter, piece in zip(self.moved, side_by_side(self.moved), strict=True):
                 parameter.data = piece
 
     def undo(self) -> None:
@@ -110,6 +116,11 @@ class Adjacent:
         while self.moved:
             parameter = self.moved.pop()
             parameter.data = parameter.data.clone()
+
+
+def _can_be_neighbours(parameters: Sequence[nn.Parameter]) -> bool:
+    plain = all(isinstance(p, nn.Parameter) and type(p.data) is Tensor and p.device.type != "meta" and p.numel() > 0 for p in parameters)
+    return plain and len({(p.device, p.dtype) for p in parameters}) == 1
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import textwrap
 import weakref
 from collections import Counter
@@ -24,12 +25,14 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ..layers.attention import PREFIX
 from ..layers.attention.function import attention_function
+from ..layers.attention.sight import Look, LookingAttention, LookingModel, Sight
 from ..layers.attention.spec import AttentionSpec, AttentionUse
-from ..layers.attention_block import attention_functions
+from ..layers.attention_block import EAGER, attention_functions
 from ..registry import register_matcher
 from ..scan import Found, Scan
 from ..site import Site
 from ..surgery import original_class
+from ..watch import Watch, watch_functions
 
 #: What moepatch's functions act on, though not under this name: windows are in the masks, keys are packed as queries are.
 _SAID_OTHERWISE = frozenset("sliding_window cu_seq_lens_k max_length_k".split())
@@ -62,6 +65,32 @@ def left_alone(model: nn.Module) -> dict[str, str]:
     """The submodels whose attention goes through the interface and is left as it is, with the reason in words."""
     scan = Scan(model)
     return {scan.of(g.owner).fqn: g.why_not for g in _groups(scan) if g.why_not is not None}
+
+
+def looks(model: nn.Module) -> Iterator[Look]:
+    """Steps for all that has to see another attention function, beside the models whose sites are patched: attention modules, and the models
+    around them, which may make masks."""
+    scan = Scan(model)
+    groups = [(g, vars(g.owner)["_moepatch_sight"].own) for g in _groups(scan) if "_moepatch_sight" in vars(g.owner)]
+    for group, choice in groups:
+        choice.watch = _watched(group, choice.found)
+        for member in group.members:
+            yield Look(member, LookingAttention, Sight(member.config, choice))
+    around = {id(group.owner): scan.above(scan.of(group.owner)) | {id(group.owner)} for group, _ in groups}
+    for found in scan:
+        outer = found.module
+        seen = [choice for group, choice in groups if id(outer) in around[id(group.owner)]] if isinstance(outer, PreTrainedModel) else []
+        if seen:
+            own = next((choice for choice in seen if choice.config is outer.config), None)
+            yield Look(outer, LookingModel, Sight(outer.config, own, tuple(choice for choice in seen if choice is not own)))
+
+
+def _watched(group: _Group, name: str | None) -> Watch:
+    """What the attention function was that these modules would call."""
+    forwards = [inspect.unwrap(cls.forward) for cls in dict.fromkeys(map(original_class, group.members))]
+    registry, _ = attention_functions(original_class(group.members[0]))
+    files = {sys.modules[f.__globals__["__name__"]] for f in forwards}
+    return watch_functions(registry, name, [(file, EAGER, vars(file)[EAGER]) for file in files])
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +132,9 @@ def _why_not(owner: PreTrainedModel, members: list[Found]) -> str | None:
     forms = [_spec(found.module) for found in members]
     if not owner._supports_sdpa and not any(form.sinks or form.softcap is not None for form in forms):
         return "its family has no fused attention, and the reason is neither sinks nor a softcap"
-    now = owner.config._attn_implementation
+    sight, now = vars(owner).get("_moepatch_sight"), owner.config._attn_implementation
+    if sight is not None and sight.own is not None:
+        now = sight.own.name(now)
     if now is not None and now.startswith(PREFIX):
         return f"its attention runs on {now!r} already"
     # Without a choice of the user's, transformers takes sdpa where the family has it and eager elsewhere.

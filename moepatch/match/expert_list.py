@@ -63,7 +63,8 @@ def _why_no_form(block: nn.Module, children: dict[str, nn.Module], lists: list[s
     if len(lists) > 1:
         return f"it has {len(lists)} lists of experts ({', '.join(lists)})"
     if len(routers) != 1:
-        return f"its experts are separate modules, and beside them stand {len(routers)} linear layers without bias, where one router is known"
+        beside = f"its experts are separate modules, and beside them stand {len(routers)} linear layers without bias, where one router is known"
+        return in_the_way(block) or beside
     others = [name for name in children if name not in (*lists, *routers)]
     if others:
         return f"beside its router {routers[0]} and its list of experts {lists[0]} it has {', '.join(others)}"

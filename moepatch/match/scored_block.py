@@ -13,6 +13,7 @@ from ..replica import size_map
 from ..scan import Found, Scan
 from ..site import Refusal, Site
 from .experts import guessed, make_site, refusal, takes
+from .near import in_the_way
 from .probe import fingerprint, misfit, misfit_of_all
 from .witness import Objection
 
@@ -35,7 +36,7 @@ def match_scored_block(found: Found, scan: Scan, memo: dict) -> Site | Refusal |
 
 
 def _read(block: nn.Module, experts: nn.Module) -> ScoredBlockSpec | str:
-    reason, objected = "its children are not one router, one experts module and at most one shared expert", False
+    reason, objected = in_the_way(block) or "its children are not one router, one experts module and at most one shared expert", False
     for spec in guessed(experts):
         roles = children_by_role(block, spec.num_experts)
         if roles is None:

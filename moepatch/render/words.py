@@ -210,17 +210,20 @@ def gathered(refusals: Iterable[Refusal]) -> list[tuple[Refusal, tuple[str, ...]
     return [(group[0], tuple(r.fqn for r in group)) for group in groups.values()]
 
 
-def changed(found: Mapping[str, Iterable[tuple[str, bool]]]) -> list[str]:
-    """What is, or was for a time, not as it was at the patch: by module, in words, and whether it still is not."""
-    groups: dict[tuple[str, bool], list[str]] = {}
+def changed(found: Mapping[str, Iterable[tuple[str, str]]]) -> list[str]:
+    """What is, or was for a time, not as it was at the patch, and what came of it, by module: once for all modules of which the same is to say."""
+    groups: dict[tuple[str, str], list[str]] = {}
     for fqn, changes in found.items():
         for change in changes:
             groups.setdefault(change, []).append(fqn)
-    return [
-        f"{', '.join(few(fqns, 3))}: {text}"
-        + (", so the family's own code computes there" if still else ", so the family's own code computed there for a time; the patch does again")
-        for (text, still), fqns in groups.items()
-    ]
+    return [f"{', '.join(few(fqns, 3))}: {text}, so {what}" for (text, what), fqns in groups.items()]
+
+
+def outcome(still: bool, followed: bool) -> str:
+    """What came of a change: who computes now, and who computed as long as it was there."""
+    if not followed:
+        return "a call there is refused" if still else "calls there were refused for a time"
+    return "the family's own code computes there" if still else "the family's own code computed there for a time; the patch does again"
 
 
 def planned(pattern: Pattern) -> str:

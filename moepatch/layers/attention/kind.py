@@ -1,9 +1,9 @@
-"""How moepatch patches the attention function of a model: by a name in its configuration, and nothing else."""
+"""How moepatch patches the attention function of a model: by the name that its modules see in its configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,43 +11,18 @@ from torch import Tensor, nn
 
 from ...kind import Kind
 from ...registry import compute
-from ...surgery import InjectClass
 from ...trial import Call
-from . import name_of, register_names
+from . import register_names
 from .function import CHAINS
 from .masks import Mask
 from .positions import CountedPositions
+from .sight import Choice, Look, Sight
 from .spec import CAUSAL, AttentionSpec, AttentionUse
 
 # An unpickled model finds its functions without `optimize`.
 register_names()
 
 _TRIAL_TOKENS = 160
-
-
-@dataclass
-class SetImplementation:
-    """The step that exchanges the attention function of one configuration. Its nested configurations keep theirs.
-
-    Attributes:
-        config: the configuration that the attention modules and their model share.
-        name: of the new function.
-        before: what it was.
-    """
-
-    config: Any
-    name: str
-    before: str | None = None
-
-    def do(self) -> None:
-        """Exchanges it."""
-        self.before = self.config._attn_implementation_internal
-        self.config._attn_implementation_internal = self.name
-
-    def undo(self) -> None:
-        """Puts it back, unless somebody has chosen another one since."""
-        if self.config._attn_implementation_internal == self.name:
-            self.config._attn_implementation_internal = self.before
 
 
 class AttentionCalls(nn.Module):
@@ -128,11 +103,16 @@ def bench(use: AttentionUse, dtype: torch.dtype, device: torch.device, generator
     return _call(use, dtype, device, generator, 1, tokens)
 
 
+def _steps(module: nn.Module, spec: AttentionUse, backend: str) -> tuple[Look, ...]:
+    """The model asks for other masks; its attention modules, and models around it, follow when all patterns are patched (`looks`)."""
+    return (Look(module, CountedPositions, Sight(module.config, Choice(module.config, module.config._attn_implementation, backend))),)
+
+
 ATTENTION_FUNCTION = Kind(
     name="attention_function",
     pattern="attention function",
     backends="attention",
-    steps=lambda module, spec, backend: (SetImplementation(module.config, name_of(backend)), InjectClass(module, CountedPositions, "positions")),
+    steps=_steps,
     stand_in=AttentionCalls,
     trial=trial,
     bench=bench,

@@ -22,8 +22,8 @@ from .spec import CAUSAL, FULL, Window
 class Mask:
     """Causality, window and sequences of a batch, for all layers of one type.
 
-    Where a family looks into its mask (slices it, gives it to a torch function, asks for its shape) it stands for transformers' dense boolean
-    mask ``[B, 1, S, S]``, which is built then.
+    Where a family looks into its mask (slices it, gives it to a torch function, asks for its shape) it stands for the dense mask ``[B, 1, S, S]``
+    that transformers would have made for the attention function that the configuration names, which is built then.
 
     Attributes:
         window: how far a query sees.
@@ -72,17 +72,24 @@ class Mask:
         mask._dense = self.dense().to(device, non_blocking=non_blocking)
         return mask
 
+    def _as_named(self) -> Tensor:
+        """For the family: boolean, or what it adds to its scores itself."""
+        config = self._arguments.get("config")
+        if config is None or config._attn_implementation_internal != "eager":
+            return self.dense()
+        return hf.eager_mask(**{**self._arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
     def __getitem__(self, index) -> Tensor:
-        return self.dense()[index]
+        return self._as_named()[index]
 
     def __getattr__(self, name: str):
         if name.startswith("_"):  # copy and pickle ask for methods before there are attributes
             raise AttributeError(name)
-        return getattr(self.dense(), name)
+        return getattr(self._as_named(), name)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        args, kwargs = tree_map(lambda leaf: leaf.dense() if isinstance(leaf, cls) else leaf, (args, kwargs or {}))
+        args, kwargs = tree_map(lambda leaf: leaf._as_named() if isinstance(leaf, cls) else leaf, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import masking_utils as hf
 
 from ...stand_in import StandIns
-from ...surgery import Patched
-from . import PREFIX, name_of
+from .sight import LookingModel, looking
 
 
 def _no_borders(position_ids: Tensor) -> None:
@@ -28,33 +27,20 @@ def _no_borders(position_ids: Tensor) -> None:
 _COUNTED = StandIns({(hf, "find_packed_sequence_indices"): _no_borders})
 
 
-class CountedPositions(Patched):
-    """A model that asks for attention masks. Its class keeps its name, its forward its signature."""
+class CountedPositions(LookingModel):
+    """A model that asks for the masks of its attention modules."""
 
-    _moepatch: str
+    @staticmethod
+    def wrapped(forward):
+        """See `LookingModel`."""
+        memory: dict[Any, Any] = {}  # goes with the class
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A process that has unpickled a model may not have heard of its attention function."""
-        super().__setstate__(state)
-        name = self.config._attn_implementation_internal
-        if name is not None and name.startswith(PREFIX):
-            name_of(name.removeprefix(PREFIX))
+        @functools.wraps(forward)
+        def counted(self, *args, **kwargs):
+            forward = super(CountedPositions, self).forward  # as it is now: somebody may have given the class another one
+            # Given by position they would be seen nowhere else: such a call is looked at as before.
+            if torch.compiler.is_compiling() or len(args) > 1 or kwargs.get("position_ids") is not None or not inspect.ismethod(forward):
+                return looking(forward, *args, **kwargs)
+            return looking(_COUNTED.remembered(forward.__func__, memory), self, *args, **kwargs)
 
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        if "_moepatch_parts" in vars(cls) and issubclass(cls._moepatch_parts[0], CountedPositions):
-            cls.forward = _counting(cls._moepatch_parts[1].forward)
-
-
-def _counting(forward):
-    memory: dict[Any, Any] = {}  # goes with the class
-
-    @functools.wraps(forward)
-    def counted(self, *args, **kwargs):
-        forward = super(CountedPositions, self).forward  # as it is now: somebody may have given the class another one
-        # Given by position they would be seen nowhere else: such a call is looked at as before.
-        if torch.compiler.is_compiling() or len(args) > 1 or kwargs.get("position_ids") is not None or not inspect.ismethod(forward):
-            return forward(*args, **kwargs)
-        return _COUNTED.remembered(forward.__func__, memory)(self, *args, **kwargs)
-
-    return counted
+        return counted

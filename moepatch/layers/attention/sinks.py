@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...once import once_differentiable
 from .kernel import How, Raw
 from .sink_kernels import rescale_, sink_gradient
 

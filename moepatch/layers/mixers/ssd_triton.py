@@ -12,6 +12,7 @@ from torch import Tensor
 from ...gpus import shared_memory
 from ...kernels.conv import conv_backward, conv_forward
 from ...kernels.ssd import Shape, scan_backward, scan_outputs, scan_states
+from ...once import once_differentiable
 from .ssd import SSDSpec, SSDWeights
 
 
@@ -33,6 +34,7 @@ class _SSD(torch.autograd.Function):
         return zxbcdt[..., :inner], y, last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_gate, grad_y, grad_last):
         zxbcdt, u_BTC, conv, conv_bias, a_log, dt_bias, skip, mask_BT = ctx.saved_tensors
         inner, end = ctx.spec.inner, ctx.spec.inner + ctx.spec.channels
