@@ -48,10 +48,8 @@ def check_plan(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | 
     Raises:
         CheckFailed: with every problem found.
     """
-    problems = [
-        *_divisible(plan, mesh), *_adapted(model, plan, mesh), *_taken(model, plan), *_in_two_ways(model, plan), *_shadowed(model, plan),
-        *_held(model, plan, optimizer),
-    ]  # fmt: skip
+    problems = [*_divisible(plan, mesh), *_adapted(model, plan, mesh), *_taken(model, plan), *_in_two_ways(model, plan)]
+    problems += [*_shadowed(model, plan), *_held(model, plan, optimizer)]
     if problems:
         raise CheckFailed(tuple(problems))
 

@@ -287,8 +287,8 @@ def why_not_stacked(block: nn.Module, spec: ExpertListSpec, model: nn.Module) ->
     for weight in spec.weights().values():
         frozen = [path for path in weight.names if not names[path].requires_grad]
         if 0 < len(frozen) < len(weight.names):
-            some = f"some of its experts are frozen and some are not ({spec.experts_name}.{frozen[0]} is)"
-            return f"{some}, and spread over ranks they can only be both or neither"
+            which = f"{spec.experts_name}.{frozen[0]} is"
+            return f"some of its experts are frozen and some are not ({which}), and spread over ranks they can only be both or neither"
     for path, parameter in names.items():
         hook = gradient_hook_on(parameter)
         if hook is not None:

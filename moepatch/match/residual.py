@@ -29,7 +29,7 @@ from .known import known
 from .norm import read_norm
 from .probe import fingerprint
 from .settled import settled
-from .witness import Witness, moved, scaled, strided, words_of
+from .witness import Witness, lengths_named, moved, scaled, strided, words_of
 
 _POSING = MadeClasses()
 _SHAPE = (3, 4)  # no branch can be unpacked into two by mistake
@@ -326,10 +326,11 @@ def _disagreement(layer, norms, forms, spec: ResidualSpec, everything: dict[str,
         if len(written) != len(rewritten) or not all(map(_same_call, written, rewritten)):
             return "it does not hand on its arguments as they are"
     known = (spec, tuple(forms.items()), tuple(everything))
-    return settled(_witness(layer, norms, forms, spec), known, _call(norms, everything), lambda: _calls(norms, everything))
+    witness = _witness(layer, norms, forms, spec)
+    return settled(witness, known, _call(norms, everything), lambda: _calls(norms, everything, witness.original))
 
 
-def _calls(norms: dict[str, NormSpec], arguments: dict[str, Any]) -> Iterator[tuple[str, trial.Call, bool]]:
+def _calls(norms: dict[str, NormSpec], arguments: dict[str, Any], layer: nn.Module) -> Iterator[tuple[str, trial.Call, bool]]:
     ordinary = _call(norms, arguments)
     yield "", ordinary, True
     for factor in (30.0, 1e-3, 1e5):
@@ -338,6 +339,8 @@ def _calls(norms: dict[str, NormSpec], arguments: dict[str, Any]) -> Iterator[tu
     yield "with an input that is laid out otherwise", strided(ordinary), False
     for shape in _SHAPES:
         yield f"with {shape[0] * shape[1]} token{'s' if shape[1] > 1 else ''}", _call(norms, arguments, shape), shape in (_SHAPES[0], _SHAPES[-1])
+    for tokens in lengths_named(layer, _SHAPES[-1][1]):
+        yield f"with one sequence of {tokens} tokens", _call(norms, arguments, (1, tokens)), False
 
 
 def _same_call(a: _Written, b: _Written) -> bool:

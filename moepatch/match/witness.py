@@ -89,7 +89,9 @@ class Witness:
         pair = (self.original, self.forward), (self.twin, type(self.twin).forward)
         with torch.inference_mode():
             reason = self.unlike(call, False)
-        reason = f"in inference mode {reason}" if reason is not None else self._saturated(call) or graded_objection(*pair, call, words_of) or branch_objection(*pair[0], call)
+        if reason is not None:
+            return Objection(f"in inference mode {reason}")
+        reason = self._saturated(call) or graded_objection(*pair, call, words_of) or branch_objection(*pair[0], call)
         return None if reason is None else Objection(reason)
 
     def _saturated(self, call: Call) -> str | None:
@@ -265,9 +267,8 @@ def regimes(kind: Kind, spec: Any, call: Call, module: nn.Module, generator: tor
         yield "with 5 sequences", repeated(call, 5), True
     if call.leaves() and call.leaves()[0].ndim > 2:
         per_token = max(1, max(leaf.numel() for leaf in call.leaves()) // math.prod(call.leaves()[0].shape[:-1]))
-        for tokens in counts_of_tokens(module, min(kind.most_tokens, _MOST_NUMBERS // per_token)):
-            if tokens not in _TOKENS:
-                yield f"with one sequence of {tokens} tokens", one_sequence(call, tokens), False
+        for tokens in lengths_named(module, min(kind.most_tokens, _MOST_NUMBERS // per_token)):
+            yield f"with one sequence of {tokens} tokens", one_sequence(call, tokens), False
     if kind.bench is not None:
         per_token = max(leaf.numel() for leaf in kind.bench(spec, torch.float32, device, generator, 2).leaves()) // 2
         counts = counts_of_tokens(module, min(kind.most_tokens, _MOST_NUMBERS // per_token))
@@ -286,6 +287,11 @@ def counts_of_tokens(module: nn.Module, most: int) -> list[int]:
         found |= {number for function in reached_from(part) for number in numbers_in(function) if number > _LEAST}
     large = sorted(number for number in found if number < most)
     return sorted({tokens for tokens in _TOKENS if tokens <= most} | {n for number in large[:8] for n in (number, number + 1)})
+
+
+def lengths_named(module: nn.Module, most: int) -> list[int]:
+    """The counts of tokens that the code or the attributes of a module may mean, and one more of each."""
+    return [count for count in counts_of_tokens(module, most) if count not in _TOKENS]
 
 
 @dataclass
