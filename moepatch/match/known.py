@@ -21,6 +21,8 @@ from .functions import functions_of
 from .settled import forget_verdicts, identity, value_of
 
 _KEPT = 1024
+#: What transformers writes down in a config where it loads it.
+_ORIGIN = frozenset(("_name_or_path", "_commit_hash", "transformers_version"))
 #: By what is equal: a spec, and what the identities in the key belong to, so that nothing else gets them.
 _READINGS: OrderedDict[tuple, tuple[Any, list]] = OrderedDict()
 _LOCK = threading.Lock()
@@ -63,10 +65,11 @@ def _key(kind: str, module: nn.Module, read: Callable[..., Any], of: tuple, aliv
         return None  # somebody watches, or tensors are none
     configs: list[PreTrainedConfig] = []
     of_module = identity(module, configs, indexed=True)
-    of_configs = [value_of({name: None if isinstance(value, PreTrainedConfig) else value for name, value in vars(config).items()}, 5) for config in configs]
+    of_configs = [value_of(_said(config), 5) for config in configs]
     if of_module is None or None in of_configs:
         return None
-    circumstances = torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), module.training
+    # A family's code may make tensors in the caller's dtype: `finfo` tells which.
+    circumstances = torch.finfo().dtype, torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), module.training
     functions = [function for part in module.modules() for function in functions_of(part)]
     alive += [*_meanings(functions), *(read.__globals__.get(name) for name in names_in(read.__code__))]
     key = (kind, of, of_module, tuple(of_configs), circumstances, tuple(map(id, alive)))
@@ -75,6 +78,11 @@ def _key(kind: str, module: nn.Module, read: Callable[..., Any], of: tuple, aliv
     except TypeError:
         return None
     return key
+
+
+def _said(config: PreTrainedConfig) -> dict[str, Any]:
+    """The values of a config, but for where it is from and for configs in it, which are asked themselves."""
+    return {name: None if isinstance(value, PreTrainedConfig) else value for name, value in vars(config).items() if name not in _ORIGIN}
 
 
 def _meanings(functions: Iterable[FunctionType]) -> Iterator[Any]:

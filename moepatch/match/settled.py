@@ -155,7 +155,11 @@ def identity(module: nn.Module, configs: list[PreTrainedConfig], indexed: bool =
     children = tuple((name, None if child is None else identity(child, configs, indexed)) for name, child in module._modules.items())
     if any(child is None for name, child in children if module._modules[name] is not None):
         return None
-    shapes = tuple((name, None if t is None else (tuple(t.shape), t.dtype)) for ts in (module._parameters, module._buffers) for name, t in ts.items())
+    shapes = tuple(
+        (name, None if t is None else (type(t), type(t.data), t.layout, tuple(t.shape), t.dtype))
+        for tensors in (module._parameters, module._buffers)
+        for name, t in tensors.items()
+    )
     return type(module), functions, tuple(attributes), shapes, children
 
 
