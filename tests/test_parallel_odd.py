@@ -293,7 +293,7 @@ def mixed(stay, small):
     whole, model = Stack(), Stack()
     journal = moepatch.surgery.Journal()
     with mock.patch.object(apply, "may_stay", lambda units, experts: stay), mock.patch.object(gather, "ODD_BYTES", 2**30 if small else 0):
-        apply._shard_dense(model, mesh_of({"dp": 2}), set(), journal)
+        apply._shard_dense(model, mesh_of({"dp": 2}), set(), [], journal)
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
         model(x[dist.get_rank()]).square().mul(torch.arange(8)).sum().backward()

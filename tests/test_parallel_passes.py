@@ -295,7 +295,7 @@ def orders(order, stay, odd_bytes):
         mock.patch.object(gather, "BUNDLE_BYTES", 2 * (8 * 9 * 4 + 16 * 8)),
         mock.patch.object(gather, "ODD_BYTES", odd_bytes),
     ):
-        apply._shard_dense(model, mesh_of({"dp": 2}), set(), journal)
+        apply._shard_dense(model, mesh_of({"dp": 2}), set(), [], journal)
     a_bundle = [2, 1 if odd_bytes else 2]
     assert [[len(t.layers), len(t.units)] for t in journal.steps if isinstance(t, Together)] == ([a_bundle, a_bundle] if stay else [])
     assert [len(t.parts) for t in journal.steps if isinstance(t, Throughout)] == ([4] if odd_bytes else [])

@@ -170,7 +170,7 @@ def _masks() -> dict[str, Tensor]:
         "with padding before both sequences": ones * torch.stack([places >= 1, places >= 3]),
         "with padding between tokens": ones * torch.stack([places % 2 == 0, places != 3]),
         "with a mask that hides nothing": ones,
-        "with a sequence of nothing but padding": ones * torch.tensor([[0.0], [1.0]]),
+        "with a sequence of nothing but padding": ones * torch.tensor([[0.0], [1.0]], dtype=ones.dtype),
     }
     return masks | {"with a mask of whole numbers": masks["with padding behind one sequence"].long()}
 

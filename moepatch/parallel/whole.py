@@ -65,7 +65,7 @@ def _converted(model: PreTrainedModel, given: Mapping[str, Tensor]) -> Iterator[
     own = model.state_dict().keys()
     for recipe in recipes:
         sources = {key: given[key] for key, _ in recipe.sources}
-        shapes = {key: torch.empty(value.shape, device="meta") for key, value in sources.items()}
+        shapes = {key: torch.empty(value.shape, dtype=value.dtype, device="meta") for key, value in sources.items()}
         if recipe.converter is not None and any(value.shape != names[name].shape for name, value in _made(recipe, twin, shapes).items()):
             waiting.update(sources)
             continue

@@ -70,7 +70,7 @@ def defer(module: nn.Linear, hidden: Tensor, compute: Compute) -> DeferredLogits
 
 def _logits(head: Head) -> DeferredLogits:
     steps = Steps(head, (*head.hidden.shape[:-1], head.weight.shape[0]), head.dtype)
-    strides = torch.empty(steps.shape, device="meta").stride()
+    strides = torch.empty(steps.shape, dtype=steps.dtype, device="meta").stride()
     return DeferredLogits.of(steps, (steps.shape, strides, 0), Numbers(head.logits))
 
 

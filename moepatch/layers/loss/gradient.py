@@ -73,7 +73,7 @@ class DeferredGradient(Lazy):
                 found = part.make() if found is None else found + part.make()
             return found.clone() if found is rest else found
 
-        strides = torch.empty(steps.shape, device="meta").stride()
+        strides = torch.empty(steps.shape, dtype=steps.dtype, device="meta").stride()
         made = cls._wrap(steps.shape, strides, 0, steps.dtype, steps.head.hidden.device, Numbers(make))
         made._steps, made._parts, made._rest = steps, parts, rest
         return made

@@ -123,7 +123,7 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.defa
 
 
 def _shape(func: Callable, shape: tuple[int, ...], args: tuple) -> tuple[int, ...]:
-    return tuple(func(torch.empty(shape, device="meta"), *args).shape)
+    return tuple(func(torch.empty(shape, dtype=torch.float32, device="meta"), *args).shape)
 
 
 def _view(func):
