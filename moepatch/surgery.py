@@ -45,7 +45,8 @@ class Patched:
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls) and "_moepatch_parts" not in vars(cls):
+        # Of mixins alone: what is made of a patched class (``fully_shard``) may find out by its forward that it is the outermost.
+        if "forward" in vars(cls) and not issubclass(cls, nn.Module):
             cls.forward = _guarded(cls, cls.forward)
 
     def traced(self, family: Callable[..., Any], own: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -229,9 +229,9 @@ def once():
         if "norm" in name:
             assert type(copy.deepcopy(module)._parameters) is dict
     fresh = build(lambda model: None)
+    model.__dict__.pop("forward")  # what a user has put over the patch is the user's to take off
     moepatch.restore(model)
     assert all(type(vars(m)["_parameters"]) is dict for m in model.modules())
-    model.__dict__.pop("forward")
     assert compare.error(model(**labelled(model, rank)).logits, fresh(**labelled(fresh, rank)).logits) <= 1e-6
 
 

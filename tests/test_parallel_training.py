@@ -95,7 +95,7 @@ def checkpointed():
             loss.backward()
         check_gradients(model, grads)
         exchanges[label] = forward.calls, backward.calls
-    assert exchanges["full"][0] == exchanges["none"][0] and exchanges["full"][1] > exchanges["none"][1]
+    assert exchanges["full"][0] == exchanges["none"][0] and exchanges["full"][1] > exchanges["none"][1], exchanges
     assert exchanges["saved"] == exchanges["none"], exchanges
 
 
