@@ -241,20 +241,17 @@ class Watch:
         self.entries = tuple(entries)
 
     def changed_in_graph(self, module: nn.Module) -> bool:
-        """As `changed`, in steps that torch.compile can follow, so that it guards what they read."""
-        for kind, path, via, name, value in self.entries:
-            if kind not in ("attribute", "child", "config", "class", "global") or value is Followed or value is Absent or isinstance(value, _CONTAINERS):
-                continue
-            owner = via if kind in ("class", "global") else module
-            for step in path.split(".") if path and owner is module else ():
-                owner = getattr(owner, step)
-            owner = getattr(owner, via) if kind == "config" else owner
-            now = getattr(owner, name, Absent)
-            if type(value) in PLAIN:
-                if now != value:
+        """As `changed`, in steps that torch.compile can follow, so that it guards what they read. Graphs are made anew for other shapes anyway, and
+        which object a string is they do not know."""
+        for entry in self.entries:
+            if entry.value is not Followed and entry.kind != "shape":
+                owner = module
+                for step in entry.path.split(".") if entry.path else ():
+                    owner = owner._modules.get(step)
+                    if owner is None:
+                        break
+                if owner is not None and (not entry.path or isinstance(owner, self.types[entry.path])) and _differs_in_graph(owner, *entry):
                     return True
-            elif now is not value:
-                return True
         return False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -309,6 +306,27 @@ def _named(value: Any) -> Any:
         return _Named(str(value.__globals__.get("__name__")), value.__code__.co_name)
     own = value if hasattr(value, "__qualname__") else type(value)
     return _Named(str(own.__module__), own.__qualname__)
+
+
+def _differs_in_graph(owner: Any, kind: str, path: str, via: Any, name: str, value: Any) -> bool:
+    if kind == "hooks":
+        return bool(getattr(owner, name))
+    if kind == "class":
+        now, _ = _of_class(via, name)
+    elif kind == "global":
+        now = getattr(via, name, Absent)
+    elif kind in ("registered", "registry"):
+        now = (via._local_mapping if kind == "registered" else via._global_mapping).get(name, Absent)
+    elif kind in ("config", "choice"):
+        now = getattr(getattr(owner, via), name, Absent)
+    elif kind == "attribute":
+        now = getattr(owner, name, Absent)  # asked for in any case: that a dict does not have a key is not guarded
+        now = now if name in owner.__dict__ else Absent
+    else:
+        now = getattr(owner, name, Absent)
+    if type(value) in PLAIN or isinstance(value, _CONTAINERS):
+        return now != value
+    return now is not value
 
 
 class Answered:

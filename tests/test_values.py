@@ -383,6 +383,42 @@ def test_a_compiled_module_is_compiled_anew():
         assert all(compare.error(a, b) < 1e-5 for a, b in zip(compiled(x), gates[0](x), strict=True))
 
 
+@pytest.mark.parametrize("what", ["instance", "config", "in the class's container", "class method"])
+def test_a_compiled_module_notices_what_lies_on_a_class_or_nowhere(everywhere, what, monkeypatch):
+    plain, patched = (named("mlp.gate")(model)[0] for model in everywhere)
+    x = torch.randn(5, zoo.COMMON["hidden_size"])
+    torch._dynamo.reset()
+    compiled, before = torch.compile(patched, backend="eager", fullgraph=True), plain(x)[1]
+    assert compare.error(compiled(x)[1], before) < 1e-5
+    with monkeypatch.context() as patch:
+        change_everywhere(what, everywhere, patch)
+        assert plain(x)[1].shape != before.shape or compare.error(plain(x)[1], before) > 1e-4
+        assert compare.error(compiled(x)[1], plain(x)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("what", ["hook", "forward", "registered", "chosen"])
+def test_compiled_experts_notice_what_is_changed_around_them(pairs, what, monkeypatch):
+    both = [copy.deepcopy(model) for model in pairs("qwen3_moe")]
+    plain, patched = (named("mlp.experts")(model)[0] for model in both)
+    args = torch.randn(5, zoo.COMMON["hidden_size"]), torch.tensor([[0, 1]] * 5), torch.full((5, 2), 0.5)
+    torch._dynamo.reset()
+    compiled, before = torch.compile(patched, backend="eager"), plain(*args)
+    if what != "hook":  # as for any compiled module, hooks that come later are not seen
+        assert compare.error(compiled(*args), before) < 1e-5
+    with monkeypatch.context() as patch:
+        for model, experts in zip(both, (plain, patched), strict=True):
+            if what == "hook":
+                experts.act_fn.register_forward_hook(lambda module, given, out: out * 1.5)
+            elif what == "forward":
+                experts.act_fn.forward = scaled(experts.act_fn.forward)
+            elif what == "chosen":
+                patch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "batched_mm", scaled(ALL_EXPERTS_FUNCTIONS["batched_mm"]))
+                model.set_experts_implementation("batched_mm")
+        if what == "registered":
+            patch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", scaled(ALL_EXPERTS_FUNCTIONS["grouped_mm"]))
+        assert compare.error(plain(*args), before) > 1e-4 and compare.error(compiled(*args), plain(*args)) < 1e-5
+
+
 def set_attention_top(model):
     model.set_attn_implementation("sdpa")
 
@@ -475,19 +511,24 @@ def everywhere():
     return plain, patched
 
 
+def change_everywhere(what, models, patch):
+    """Changes one of the things that the routers of `everywhere` read."""
+    for model in models if what == "config" else ():
+        patch.setattr(model.config, "sums_to_one", False, raising=False)
+    for gate in [gate for model in models for gate in named("mlp.gate")(model)] if what == "instance" else ():
+        patch.setattr(gate, "chosen", 4, raising=False)
+    if what == "in the class's container":
+        patch.setitem(ReadsEverywhere.options, "norm", False)
+    if what == "class method":
+        patch.setattr(ReadsEverywhere, "scores", classmethod(lambda cls, logits: logits.sigmoid()))
+
+
 @pytest.mark.parametrize("what", ["nothing", "instance", "config", "in the class's container", "class method"])
 def test_what_lies_on_a_class_or_nowhere_at_the_patch_counts(everywhere, what, monkeypatch):
     plain, patched = everywhere
     before = logits("qwen3_moe", plain)
     with monkeypatch.context() as patch:
-        for model in everywhere if what == "config" else ():
-            patch.setattr(model.config, "sums_to_one", False, raising=False)
-        for gate in [gate for model in everywhere for gate in named("mlp.gate")(model)] if what == "instance" else ():
-            patch.setattr(gate, "chosen", 4, raising=False)
-        if what == "in the class's container":
-            patch.setitem(ReadsEverywhere.options, "norm", False)
-        if what == "class method":
-            patch.setattr(ReadsEverywhere, "scores", classmethod(lambda cls, logits: logits.sigmoid()))
+        change_everywhere(what, everywhere, patch)
         assert (compare.error(logits("qwen3_moe", plain), before) > 1e-4) == (what != "nothing")
         assert alike("qwen3_moe", plain, patched)
         assert all(bool(gate.changes()) == (what != "nothing") for gate in named("mlp.gate")(patched))
