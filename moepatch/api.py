@@ -234,9 +234,9 @@ def _changes(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
     for fqn, module in watched.items():
         said, now = module.met(), module.changes()
         found[fqn] = [(str(change), words.outcome(change in now, _can_leave(module))) for change in dict.fromkeys((*said, *now))]
-    for choice in choices(model):
-        now = choice.changes()
-        found["attention"] = [(str(change), words.outcome(change in now, True)) for change in (() if choice.watch is None else choice.watch.said)]
+    for choice in dict.fromkeys(choices(model)):
+        now, said = choice.changes(), () if choice.watch is None else choice.watch.said.values()
+        found.setdefault("attention", []).extend((str(change), words.outcome(change in now, True)) for change in said)
     return found
 
 

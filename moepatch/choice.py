@@ -30,7 +30,7 @@ class Choosing:
 def _chosen(model: PreTrainedModel, asked: str | dict[str, str]) -> Iterator[tuple[Any, str]]:
     """Configurations and the names that are asked for."""
     if isinstance(asked, dict):
-        yield from ((getattr(model.config, key) if key else model.config, name) for key, name in asked.items())
+        yield from ((getattr(model.config, key, None) if key else model.config, name) for key, name in asked.items())
     else:
         yield from ((part.config, asked) for part in model.modules() if isinstance(part, PreTrainedModel))
 

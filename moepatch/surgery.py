@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .pickling import reduced
 from .reads import Reads
-from .watch import Change, Watch, watch
+from .watch import Answered, Change, Watch, watch
 
 #: torch.compile knows them all.
 _compiles, _transforms, _tracing_state = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
@@ -41,7 +41,7 @@ class Patched:
     #: True if the mixin computes with weights of children without calling them, as long as they are bare (see `is_bare`).
     takes_children = False
     _moepatch: Any
-    _moepatch_watch: Watch | None = None
+    _moepatch_watch: Watch | Answered | None = None
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -70,7 +70,7 @@ class Patched:
 
     def met(self) -> tuple[Change, ...]:
         """Every change that there was so far."""
-        return () if self._moepatch_watch is None else tuple(self._moepatch_watch.said)
+        return () if self._moepatch_watch is None else tuple(self._moepatch_watch.said.values())
 
     def leave_to_family(self) -> None:
         """Is called before the family's code computes what has changed.
@@ -85,11 +85,20 @@ class Patched:
         super(Patched, made).__setstate__(super().__getstate__())
         return made
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """The copy that ``DataParallel`` calls once: its children are copies, too, and it must not be kept for the next call."""
+        replica = super()._replicate_for_data_parallel()
+        if self._moepatch_watch is not None:
+            vars(replica)["_moepatch_watch"] = Answered(self.changes())
+        return replica
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._moepatch_watch is not None:
             self._moepatch_watch.adopt(self)
         self.made_again()
+        if "_moepatch_patch" in vars(self):  # it was there before this module had its state
+            self._moepatch_patch.copied()
 
     def made_again(self) -> None:
         """Is called of a deep copy, and of what was unpickled, when it has its state."""

@@ -15,7 +15,7 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +71,8 @@ class Entry(NamedTuple):
 #: Where things lie of a module: the dict that has their names.
 _SCOPES = {
     "attribute": lambda owner, via: owner.__dict__,
+    "parameter": lambda owner, via: owner._parameters,
+    "buffer": lambda owner, via: owner._buffers,
     "child": lambda owner, via: owner._modules,
     "config": lambda owner, via: getattr(owner.__dict__.get(via), "__dict__", {}),
     "choice": lambda owner, via: getattr(owner.__dict__.get(via), "__dict__", {}),
@@ -128,8 +130,8 @@ def _compiled(text: str) -> CodeType:
     return compile(text, "<moepatch.watch>", "eval")
 
 
-#: What is raised where a key, a method or a tensor is gone, or a tensor stands in the place of something else.
-_GONE = (KeyError, AttributeError, TypeError, RuntimeError)
+#: What is raised where a key, a method or a tensor is gone, or tensors or arrays, which are neither equal nor not, stand where something else was.
+_GONE = (KeyError, AttributeError, TypeError, RuntimeError, ValueError)
 
 
 @dataclass(eq=False)
@@ -139,12 +141,12 @@ class Watch:
     Attributes:
         entries: everything, as it was at the patch.
         types: the classes that the children had.
-        said: every change that was met, in order.
+        said: every change that was met, in order; of what changes again and again the last one.
     """
 
     entries: tuple[Entry, ...]
     types: Mapping[str, type]
-    said: list[Change] = field(default_factory=list)
+    said: dict[str, Change] = field(default_factory=dict)
     _bound: _Bound | None = field(default=None, repr=False)
 
     def changed(self, module: Any) -> bool:
@@ -166,7 +168,7 @@ class Watch:
     def changes(self, module: nn.Module) -> tuple[Change, ...]:
         """What is not what it was."""
         bound = self._bound = self._bind(module)
-        self.said += [change for change in bound.changes if change not in self.said]
+        self.said.update({change.what: change for change in bound.changes})
         return bound.changes
 
     def without_choice(self) -> Watch:
@@ -209,14 +211,14 @@ class Watch:
                 item = f"[{entry.name!r}]" if type(owner._parameters) is dict else f".get({entry.name!r})"
                 question.ask(f"{{}}{item}.numel() == {now.numel()}", owner._parameters)
                 differs = now != entry.value and now.numel() > 0  # a framework may have emptied it until it is needed
-            elif entry.kind == "class":
-                now = getattr(entry.via, entry.name, Absent)
-                question.ask(f"{{}}.{entry.name} is {{}}", entry.via, now)
-                differs = now is not entry.value
             else:
-                scope = _SCOPES[entry.kind](owner, entry.via)
-                now = scope.get(entry.name, Absent)
-                question.ask(*((f"{entry.name!r} not in {{}}", scope) if now is Absent else (f"{{}}[{entry.name!r}] is {{}}", scope, now)))
+                if entry.kind == "class":
+                    now, bound = _of_class(entry.via, entry.name)
+                    question.ask(f"{{}}.{entry.name}{'.__func__' if bound else ''} is {{}}", entry.via, now)
+                else:
+                    scope = _SCOPES[entry.kind](owner, entry.via)
+                    now = scope.get(entry.name, Absent)
+                    question.ask(*((f"{entry.name!r} not in {{}}", scope) if now is Absent else (f"{{}}[{entry.name!r}] is {{}}", scope, now)))
                 if isinstance(now, _CONTAINERS) and entry.value is not Followed:
                     question.ask("{} == {}", now, copy.copy(now))
                 differs = not _same(now, entry.value, entry.kind == "choice")
@@ -239,35 +241,32 @@ class Watch:
         self.entries = tuple(entries)
 
     def changed_in_graph(self, module: nn.Module) -> bool:
-        """As `changed`, in steps that torch.compile can follow, so that it guards what they read."""
-        for kind, path, via, name, value in self.entries:
-            if kind not in ("attribute", "child", "config", "class", "global") or value is Followed or value is Absent or isinstance(value, _CONTAINERS):
-                continue
-            owner = via if kind in ("class", "global") else module
-            for step in path.split(".") if path and owner is module else ():
-                owner = getattr(owner, step)
-            owner = getattr(owner, via) if kind == "config" else owner
-            now = getattr(owner, name, Absent)
-            if type(value) in PLAIN:
-                if now != value:
+        """As `changed`, in steps that torch.compile can follow, so that it guards what they read. Graphs are made anew for other shapes anyway, and
+        which object a string is they do not know."""
+        for entry in self.entries:
+            if entry.value is not Followed and entry.kind != "shape":
+                owner = module
+                for step in entry.path.split(".") if entry.path else ():
+                    owner = owner._modules.get(step)
+                    if owner is None:
+                        break
+                if owner is not None and (not entry.path or isinstance(owner, self.types[entry.path])) and _differs_in_graph(owner, *entry):
                     return True
-            elif now is not value:
-                return True
         return False
 
     def __getstate__(self) -> dict[str, Any]:
-        # Functions are those of the process that loads the module, and where things lie is for it to find out.
+        # Functions are those of the process that loads the module, if they are called what these are, and where things lie is for it to find out.
         kept = []
         module = self._bound and self._bound.module
         for entry in self.entries:
             if entry.kind == "choice" and (module is None or _SCOPES["choice"](self._owner(module, entry.path), entry.via).get(entry.name) is entry.value):
                 kept.append(entry._replace(value=(entry.value,)))  # which object it is a pickle does not say
             elif entry.kind == "global":
-                kept.append(entry._replace(via=entry.via.__name__, value=None))
+                kept.append(entry._replace(via=entry.via.__name__, value=_named(entry.value)))
             elif entry.kind in ("registered", "registry"):
-                kept.append(entry._replace(via=_found_as(entry.via), value=None))
+                kept.append(entry._replace(via=_found_as(entry.via), value=_named(entry.value)))
             else:
-                kept.append(entry._replace(value=None) if entry.kind == "class" else entry)
+                kept.append(entry._replace(value=_named(entry.value)) if entry.kind == "class" else entry)
         return {"entries": tuple(kept), "types": dict(self.types), "said": self.said}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -280,15 +279,87 @@ class Watch:
             if entry.kind in ("global", "registered", "registry", "class"):
                 if entry.via is None:
                     continue
-                now = getattr(entry.via, entry.name, Absent) if entry.kind == "class" else _SCOPES[entry.kind](None, entry.via).get(entry.name, Absent)
-                entry = entry._replace(value=now)
+                now = _of_class(entry.via, entry.name)[0] if entry.kind == "class" else _SCOPES[entry.kind](None, entry.via).get(entry.name, Absent)
+                entry = entry._replace(value=_kept(now)) if _named(now) == entry.value else entry
             entries.append(entry)
         self.entries, self.types, self.said, self._bound = tuple(entries), state["types"], state["said"], None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         copied = {"attribute", "child", "config"}
         entries = (entry._replace(value=copy.deepcopy(entry.value, memo)) if entry.kind in copied else entry for entry in self.entries)
-        return Watch(tuple(entries), self.types, list(self.said))
+        return Watch(tuple(entries), self.types, dict(self.said))
+
+
+class _Named(NamedTuple):
+    """What a pickle says of something that code holds: where it was written, and how it was called there."""
+
+    file: str
+    name: str
+
+
+def _named(value: Any) -> Any:
+    if value is Absent or isinstance(value, (*PLAIN, _Named)):
+        return value
+    if isinstance(value, (*_CONTAINERS, tuple)) and all(isinstance(item, PLAIN) for item in (value.values() if isinstance(value, dict) else value)):
+        return value
+    if isinstance(value, FunctionType):  # a decorator may have given it another's name
+        return _Named(str(value.__globals__.get("__name__")), value.__code__.co_name)
+    own = value if hasattr(value, "__qualname__") else type(value)
+    return _Named(str(own.__module__), own.__qualname__)
+
+
+def _differs_in_graph(owner: Any, kind: str, path: str, via: Any, name: str, value: Any) -> bool:
+    if kind == "hooks":
+        return bool(getattr(owner, name))
+    if kind == "class":
+        now, _ = _of_class(via, name)
+    elif kind == "global":
+        now = getattr(via, name, Absent)
+    elif kind in ("registered", "registry"):
+        now = (via._local_mapping if kind == "registered" else via._global_mapping).get(name, Absent)
+    elif kind in ("config", "choice"):
+        now = getattr(getattr(owner, via), name, Absent)
+    elif kind == "attribute":
+        now = getattr(owner, name, Absent)  # asked for in any case: that a dict does not have a key is not guarded
+        now = now if name in owner.__dict__ else Absent
+    else:
+        now = getattr(owner, name, Absent)
+    if type(value) in PLAIN or isinstance(value, _CONTAINERS):
+        return now != value
+    return now is not value
+
+
+class Answered:
+    """Stands for the watch of a copy of a module that is made for one call: what that module said then.
+
+    Args:
+        said: its changes.
+    """
+
+    def __init__(self, said: tuple[Change, ...]):
+        self.said = {change.what: change for change in said}
+
+    def changed(self, module: Any) -> bool:
+        """As of `Watch`."""
+        return bool(self.said)
+
+    changed_in_graph = changed
+
+    def changes(self, module: Any) -> tuple[Change, ...]:
+        """As of `Watch`."""
+        return tuple(self.said.values())
+
+
+def _of_class(cls: type, name: str) -> tuple[Any, bool]:
+    """What a class has under a name, and whether it is the function of a class method, of which asking makes a new object each time."""
+    value = getattr(cls, name, Absent)
+    bound = isinstance(value, MethodType)
+    return value.__func__ if bound else value, bound
+
+
+def _kept(value: Any) -> Any:
+    """What of a value is written down: of what may change and stay the same object a copy."""
+    return copy.copy(value) if isinstance(value, _CONTAINERS) else value
 
 
 def _below(entry: Entry) -> str:
@@ -305,6 +376,8 @@ def _same(now: Any, then: Any, only_itself: bool = False) -> bool:
     """Whether a value may stand for another one: Python's plain values by what they are, all others if they are the same object."""
     if now is then or then is Followed:
         return True
+    if isinstance(then, _Named):
+        return _named(now) == then
     if only_itself or type(now) is not type(then):
         return False
     if isinstance(now, (list, tuple)):
@@ -329,11 +402,13 @@ def _in_words(value: Any) -> str:
         return "not there"
     if isinstance(value, nn.Module):
         return type(value).__name__
+    if isinstance(value, torch.Tensor):  # to look into it would wait for the device
+        return f"a tensor {list(value.shape)}"
     if isinstance(value, type):
         return value.__name__
     if callable(value):
         return "another function" if not hasattr(value, "__qualname__") else f"{value.__module__}.{value.__qualname__}"
-    text = repr(value)
+    text = ".".join(value) if isinstance(value, _Named) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
@@ -365,7 +440,7 @@ def watch(
     todo = [("", module)]
     while todo:
         path, part = todo.pop(0)
-        entries += _of_part(part, family(part), path, followed, memo)
+        entries += _of_part(part, family(part), path, followed, shapes, memo)
         entries += [Entry("shape", path, None, name, p.shape) for name, p in part._parameters.items() if shapes and p is not None]
         for name, child in part._modules.items():
             if child is None:
@@ -400,7 +475,7 @@ def watch_functions(registry: Any, name: str | None, eager: Collection[tuple[Mod
     return Watch(tuple(dict.fromkeys(Entry("global", "", file, called, value) for file, called, value in found)), {})
 
 
-def _of_part(part: nn.Module, cls: type, path: str, followed: Collection[str], memo: dict[type, Reads]) -> Iterator[Entry]:
+def _of_part(part: nn.Module, cls: type, path: str, followed: Collection[str], shapes: bool, memo: dict[type, Reads]) -> Iterator[Entry]:
     """What the forward of a class may read, as a module of it has it."""
     yield Entry("class", path, cls, "forward", getattr(cls, "forward", Absent))
     if cls not in memo:
@@ -410,17 +485,31 @@ def _of_part(part: nn.Module, cls: type, path: str, followed: Collection[str], m
         if name in vars(part):
             yield from _of_attribute(part, path, name, reads, followed)
         elif not name.startswith("__") and any(name in vars(base) for base in family_classes(cls)):
-            yield Entry("class", path, cls, name, getattr(cls, name))
+            value, _ = _of_class(cls, name)
+            if not isinstance(value, _CONTAINERS) or len(value) <= _MOST_ITEMS:
+                yield Entry("class", path, cls, name, _kept(value))
             if name != "forward":
                 yield Entry("attribute", path, None, name, Absent)
-    yield from (Entry("global", path, file, name, copy.copy(value) if isinstance(value, _CONTAINERS) else value) for file, name, value in reads.functions)
+        elif not hasattr(cls, name):
+            yield from _of_nothing(part, path, name, shapes, name in reads.off.get("self", ()))
+    yield from (Entry("global", path, file, name, _kept(value)) for file, name, value in reads.functions)
+
+
+def _of_nothing(part: nn.Module, path: str, name: str, shapes: bool, read: bool) -> Iterator[Entry]:
+    """Under a name that a forward mentions there is no weight, or nothing at all though it is read: somebody may put something there."""
+    if name in part._parameters or name in part._buffers:
+        kind, tensors = ("parameter", part._parameters) if name in part._parameters else ("buffer", part._buffers)
+        if tensors[name] is None and shapes and not path:  # projections are asked for their biases at each call
+            yield Entry(kind, path, None, name, None)
+    elif read and name not in part._modules:
+        yield from (Entry(kind, path, None, name, Absent) for kind in ("attribute", "parameter", "child"))
 
 
 def _of_attribute(part: nn.Module, path: str, name: str, reads: Reads, followed: Collection[str]) -> Iterator[Entry]:
     value = vars(part)[name]
     if isinstance(value, _CONTAINERS):
         if len(value) <= _MOST_ITEMS:
-            yield Entry("attribute", path, None, name, copy.copy(value))
+            yield Entry("attribute", path, None, name, _kept(value))
     elif not hasattr(value, "__dict__") or callable(value) or isinstance(value, torch.Tensor):
         yield Entry("attribute", path, None, name, value)
     else:  # a configuration, or a record of the family's own
@@ -445,10 +534,10 @@ def _of_config(config: Any, names: frozenset[str], followed: Collection[str]) ->
             pending += sorted(computed.fget.__code__.co_names)
         elif name in vars(config):
             value = vars(config)[name]
-            if isinstance(value, (*PLAIN, tuple)):
-                yield name, value
-            elif isinstance(value, _CONTAINERS) and len(value) <= _MOST_ITEMS:
-                yield name, copy.copy(value)
+            if isinstance(value, (*PLAIN, tuple)) or isinstance(value, _CONTAINERS) and len(value) <= _MOST_ITEMS:
+                yield name, _kept(value)
+        elif not callable(computed) and not inspect.isdatadescriptor(computed):  # read with a default, and free for somebody to set
+            yield name, Absent
 
 
 def _of_choice(config: Any, path: str, via: str, reads: Reads) -> Iterator[Entry]:

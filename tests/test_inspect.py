@@ -312,7 +312,8 @@ def test_a_real_process(folder):
     done = subprocess.run(
         [sys.executable, "-m", "moepatch", "inspect", folder(files=files), "--json"], capture_output=True, text=True, timeout=1500
     )
-    assert done.returncode == 0 and done.stderr == ""
+    said = [line for line in done.stderr.splitlines() if not line.startswith("moepatch: ") or not line.endswith(" …")]
+    assert done.returncode == 0 and said == []  # a slow machine is told what takes long
     assert json.loads(done.stdout)["weights"]["tensors"] == 1
 
 

@@ -393,3 +393,11 @@ def test_an_adapted_router_is_what_is_in_the_way(name, targets):
     plan = moepatch.plan(inject_adapter_in_model(LoraConfig(r=4, target_modules=targets), model), measure=False)
     reasons = [*(r.reason for r in plan.refusals), *(left.reason for left in plan.left if left.kind == "router")]
     assert reasons and all("a LoRA layer stands at" in reason for reason in reasons)
+
+
+def test_a_copy_of_a_module_that_is_patched_by_itself():
+    mlp = moepatch.optimize(zoo.build("deepseek_v3").model.layers[0].mlp, verify=False, measure=False)
+    for made in (copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
+        assert adjacent(made.gate_proj.weight, made.up_proj.weight) is not None
+        assert made.gate_proj.weight.data_ptr() != mlp.gate_proj.weight.data_ptr() and moepatch.report(made).patched == 1
+        assert type(moepatch.restore(made)).__name__ == "DeepseekV3MLP"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import compare
 import listed
@@ -18,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_file
 
 import moepatch
+from moepatch.layers.attention.sight import choices
 from moepatch.surgery import Patched
 
 
@@ -380,6 +383,42 @@ def test_a_compiled_module_is_compiled_anew():
         assert all(compare.error(a, b) < 1e-5 for a, b in zip(compiled(x), gates[0](x), strict=True))
 
 
+@pytest.mark.parametrize("what", ["instance", "config", "in the class's container", "class method"])
+def test_a_compiled_module_notices_what_lies_on_a_class_or_nowhere(everywhere, what, monkeypatch):
+    plain, patched = (named("mlp.gate")(model)[0] for model in everywhere)
+    x = torch.randn(5, zoo.COMMON["hidden_size"])
+    torch._dynamo.reset()
+    compiled, before = torch.compile(patched, backend="eager", fullgraph=True), plain(x)[1]
+    assert compare.error(compiled(x)[1], before) < 1e-5
+    with monkeypatch.context() as patch:
+        change_everywhere(what, everywhere, patch)
+        assert plain(x)[1].shape != before.shape or compare.error(plain(x)[1], before) > 1e-4
+        assert compare.error(compiled(x)[1], plain(x)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("what", ["hook", "forward", "registered", "chosen"])
+def test_compiled_experts_notice_what_is_changed_around_them(pairs, what, monkeypatch):
+    both = [copy.deepcopy(model) for model in pairs("qwen3_moe")]
+    plain, patched = (named("mlp.experts")(model)[0] for model in both)
+    args = torch.randn(5, zoo.COMMON["hidden_size"]), torch.tensor([[0, 1]] * 5), torch.full((5, 2), 0.5)
+    torch._dynamo.reset()
+    compiled, before = torch.compile(patched, backend="eager"), plain(*args)
+    if what != "hook":  # as for any compiled module, hooks that come later are not seen
+        assert compare.error(compiled(*args), before) < 1e-5
+    with monkeypatch.context() as patch:
+        for model, experts in zip(both, (plain, patched), strict=True):
+            if what == "hook":
+                experts.act_fn.register_forward_hook(lambda module, given, out: out * 1.5)
+            elif what == "forward":
+                experts.act_fn.forward = scaled(experts.act_fn.forward)
+            elif what == "chosen":
+                patch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "batched_mm", scaled(ALL_EXPERTS_FUNCTIONS["batched_mm"]))
+                model.set_experts_implementation("batched_mm")
+        if what == "registered":
+            patch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", scaled(ALL_EXPERTS_FUNCTIONS["grouped_mm"]))
+        assert compare.error(plain(*args), before) > 1e-4 and compare.error(compiled(*args), plain(*args)) < 1e-5
+
+
 def set_attention_top(model):
     model.set_attn_implementation("sdpa")
 
@@ -443,3 +482,125 @@ def test_attention_weights_that_are_asked_for_after_the_patch_are_returned(how):
         theirs, ours = (model(**inputs) for model in (plain, patched))
     assert compare.error(ours.logits, theirs.logits) < 1e-5 and len(ours.attentions) == len(theirs.attentions) > 0
     assert all(compare.error(a, b) < 1e-5 for a, b in zip(ours.attentions, theirs.attentions, strict=True))
+
+
+class ReadsEverywhere(qwen3_file.Qwen3MoeTopKRouter):
+    """Reads a method and a container of its class, and what nobody has set yet of itself and of a configuration."""
+
+    options = {"norm": True}
+
+    @classmethod
+    def scores(cls, logits):
+        return logits.softmax(-1, dtype=torch.float)
+
+    def forward(self, hidden_states):
+        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        weights, ids = self.scores(logits).topk(getattr(self, "chosen", None) or self.top_k, dim=-1)
+        if self.options["norm"] and getattr(self.config, "sums_to_one", True):
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights.to(logits.dtype), ids
+
+
+@pytest.fixture(scope="module")
+def everywhere():
+    plain = zoo.build("qwen3_moe").train()
+    for gate in named("mlp.gate")(plain):
+        gate.__class__, gate.config = ReadsEverywhere, plain.config
+    patched = moepatch.optimize(copy.deepcopy(plain), verify=False, measure=False)
+    assert all(isinstance(gate, Patched) and not gate.changes() for gate in named("mlp.gate")(patched))
+    return plain, patched
+
+
+def change_everywhere(what, models, patch):
+    """Changes one of the things that the routers of `everywhere` read."""
+    for model in models if what == "config" else ():
+        patch.setattr(model.config, "sums_to_one", False, raising=False)
+    for gate in [gate for model in models for gate in named("mlp.gate")(model)] if what == "instance" else ():
+        patch.setattr(gate, "chosen", 4, raising=False)
+    if what == "in the class's container":
+        patch.setitem(ReadsEverywhere.options, "norm", False)
+    if what == "class method":
+        patch.setattr(ReadsEverywhere, "scores", classmethod(lambda cls, logits: logits.sigmoid()))
+
+
+@pytest.mark.parametrize("what", ["nothing", "instance", "config", "in the class's container", "class method"])
+def test_what_lies_on_a_class_or_nowhere_at_the_patch_counts(everywhere, what, monkeypatch):
+    plain, patched = everywhere
+    before = logits("qwen3_moe", plain)
+    with monkeypatch.context() as patch:
+        change_everywhere(what, everywhere, patch)
+        assert (compare.error(logits("qwen3_moe", plain), before) > 1e-4) == (what != "nothing")
+        assert alike("qwen3_moe", plain, patched)
+        assert all(bool(gate.changes()) == (what != "nothing") for gate in named("mlp.gate")(patched))
+        again = pickle.loads(pickle.dumps(patched))
+        assert alike("qwen3_moe", plain, again)
+    assert alike("qwen3_moe", plain, patched) and not any(gate.changes() for gate in named("mlp.gate")(patched))
+
+
+def test_what_changes_at_each_step_is_kept_once(pairs):
+    _, patched = pairs("qwen3_moe")
+    gate = copy.deepcopy(named("mlp.gate")(patched)[0])
+    tokens = torch.ones(3, gate.weight.shape[1])
+    for step in range(1, 40):
+        gate.top_k = 1 + step % 7
+        gate(tokens)
+    (change,) = gate.met()
+    assert change.now == str(1 + 39 % 7)
+
+
+def replica(model):
+    """What ``DataParallel`` calls once on each device, here on the CPU."""
+    modules = list(model.modules())
+    made = {id(module): module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        copied = made[id(module)]
+        copied._modules.update({name: child and made[id(child)] for name, child in module._modules.items()})
+        copied._former_parameters = {}
+        for own, tensors in ((copied._parameters, module._parameters), (copied._buffers, module._buffers)):
+            for name, tensor in tensors.items():
+                own.update({name: None}) if tensor is None else setattr(copied, name, tensor.detach().clone())
+    return made[id(model)]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_replicas_of_data_parallel_are_asked_nothing_of_their_own(pairs, name):
+    plain, patched = pairs(name)
+    inputs = {key: value for key, value in zoo.inputs(name, plain).items() if key != "labels"}
+
+    def alike(model):
+        with torch.no_grad():
+            return compare.error(zoo.first_float(model(**inputs)), zoo.first_float(plain(**inputs))) < 1e-5
+
+    made = replica(patched)
+    assert alike(made)
+    assert not any(module.changes() or module.met() for module in made.modules() if isinstance(module, Patched))
+    kept = [weakref.ref(module) for module in made.modules()]
+    with changed((plain, patched), named("mlp.experts"), "act_fn", lambda old: nn.Tanh()):
+        changed_one = replica(patched)
+        assert alike(changed_one) and all(module.changes() for module in named("mlp.experts")(changed_one))
+    del made
+    gc.collect()
+    assert not any(module() is not None for module in kept)
+
+
+def test_choices_for_a_configuration_that_is_not_there_are_passed_over_as_on_plain():
+    model = moepatch.optimize(zoo.build("qwen3_moe"), verify=False, measure=False)
+    model.set_experts_implementation({"vision_config": "eager"})
+    model.set_attn_implementation({"vision_config": "eager"})
+    assert not any(module.changes() for module in model.modules() if isinstance(module, Patched))
+    assert all(choice.stands for choice in choices(model))
+    model.set_attn_implementation({"": "sdpa"})
+    assert not any(choice.stands for choice in choices(model))
+
+
+@pytest.mark.parametrize("row", ["a router's forward", "a method of the experts", "a function of the file"])
+def test_what_was_replaced_before_a_pickle_is_loaded_counts(pairs, row, monkeypatch):
+    plain, patched = pairs("qwen3_moe")
+    written = pickle.dumps(patched)
+    holder, name = FUNCTIONS[row]
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, scaled(getattr(holder, name)))
+        assert alike("qwen3_moe", plain, pickle.loads(written))
+        again = pickle.loads(pickle.dumps(pickle.loads(written)))
+        assert alike("qwen3_moe", plain, again)
+    assert alike("qwen3_moe", plain, again) and not any(module.changes() for module in again.modules() if isinstance(module, Patched))

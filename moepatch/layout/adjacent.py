@@ -113,10 +113,12 @@ class Adjacent:
                 parameter.data = piece
 
     def copied(self) -> None:
-        """Puts those of a copied model beside each other, too: copies are made one by one."""
-        if self.moved:
-            self.moved = []
-            self.do()
+        """Puts those of a copied model beside each other, too: copies are made one by one. The outermost module gets its state last, and asks again."""
+        if self.moved and "_modules" in vars(self.module):
+            parameters = [_parameter_of(self.module, name) for name in self.names]
+            if [None if parameter is None else parameter.data_ptr() for parameter in parameters] != self.moved:
+                self.moved = []
+                self.do()
 
     def undo(self) -> None:
         """Takes each out of the buffer, if it still lies there: others may have given it another place, and rely on that."""

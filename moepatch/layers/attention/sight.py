@@ -233,11 +233,22 @@ class LookingModel(Looker):
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """As transformers' own. Whatever is chosen is the user's choice from then on, also if it is what the configuration says already."""
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        named = attn_implementation if isinstance(attn_implementation, dict) else None
-        configs = None if named is None else [getattr(self.config, key) if key else self.config for key in named]
+        configs = list(_named(self.config, attn_implementation)) if isinstance(attn_implementation, dict) else None
         for choice in choices(self):
             if configs is None or any(choice.config is config for config in configs):
                 choice.stands = False
+
+
+def _named(config: PreTrainedConfig, asked: dict[str, Any]) -> Iterator[PreTrainedConfig]:
+    """The configurations that a dict of choices speaks of. As in transformers, a choice for one inside is one for those in it, a dict names some of
+    them, and a name that is not there is passed over."""
+    for key, choice in asked.items():
+        inner = getattr(config, key, None) if key else config
+        if isinstance(choice, dict):
+            yield from () if inner is None else _named(inner, choice)
+        elif inner is not None:
+            yield inner
+            yield from _named(inner, dict.fromkeys(inner.sub_configs, choice)) if key else ()
 
 
 def choices(model: nn.Module) -> Iterator[Choice]:
