@@ -7,6 +7,7 @@ import functools
 import gc
 import inspect
 import io
+import math
 import itertools
 import pickle
 import weakref
@@ -431,6 +432,44 @@ def test_nothing_holds_itself():
             assert head() is None
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize("road", [lambda x: x, lambda x: torch.tanh(x[:, 1:].float() / 3.0) * 3.0, lambda x: x.double()])
+def test_a_loss_that_is_kept_keeps_nothing_after_its_backward(road):
+    """As torch's own nodes let go of what they have saved, unless the graph is retained."""
+    x, plain, *_ = deferred()
+    head = weakref.ref(x._steps.head)
+    x, plain = road(x), road(plain)
+    ours, theirs = (F.cross_entropy(z.flatten(0, 1), torch.arange(z.shape[:2].numel())) for z in (x, plain))
+    del x, plain
+    for loss in (ours, theirs):
+        loss.backward(retain_graph=True)
+        loss.backward()
+    gc.collect()
+    assert head() is None
+    for loss in (ours, theirs):
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_loss_without_gradients_prepares_none(detached, monkeypatch):
+    """A metric of a training step: the logits would have a gradient, this loss of them has none."""
+    x, plain, *_ = deferred()
+    monkeypatch.setattr(chunked._Sum, "add", lambda *_: pytest.fail("a gradient was computed"))
+    with torch.set_grad_enabled(detached):
+        ours, theirs = (F.cross_entropy((z.detach() if detached else z).view(-1, V), torch.arange(12)) for z in (x, plain))
+    assert compare.error(ours, theirs) <= 1e-6 and not is_made(x) and not ours.requires_grad
+
+
+@pytest.mark.parametrize("factor", [0, 0.0, -1, math.inf, math.nan])
+def test_odd_factors(factor):
+    x, plain, a, z = deferred()
+    for road in (lambda y: y * factor, lambda y: torch.tanh(y) * factor, lambda y: torch.tanh(y * factor) * 2.0, lambda y: torch.tanh(y) / (factor or 1)):
+        ours, theirs = (F.cross_entropy(road(y).view(-1, V), torch.arange(12)) for y in (x, plain))
+        assert torch.allclose(ours, theirs, equal_nan=True), (ours, theirs)
+        (grad,), (true,) = torch.autograd.grad(ours, a, retain_graph=True), torch.autograd.grad(theirs, z, retain_graph=True)
+        assert torch.allclose(grad, true, atol=1e-6, equal_nan=True)
 
 
 # --- models --------------------------------------------------------------------------------------------------------------------------

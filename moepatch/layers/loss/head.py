@@ -127,21 +127,26 @@ class Head:
                 return F.linear(self.hidden, weight, bias)
             return self._called_again()
 
-    def loss(self, steps, labels_T: Tensor, formula: Formula) -> tuple[Tensor, Callable[[Tensor], list[Tensor | None]] | None]:
+    def loss(
+        self, steps, labels_T: Tensor, formula: Formula, wants: tuple[bool, ...]
+    ) -> tuple[Tensor, Callable[[Tensor], list[Tensor | None]] | None]:
         """The fused loss of the values that `steps` (`steps.Steps`) lead to.
+
+        Args:
+            wants: whether the gradients of hidden states, weight and bias are wanted; not those that `self.wants` leaves out.
 
         Returns:
             The loss without a graph; and, if gradients are wanted, what makes those of hidden states, weight and bias out of the loss's.
             It may be called once.
         """
-        hidden = self.hidden.detach().requires_grad_(self.wants[0])
-        with torch.set_grad_enabled(self.wants[0]):
+        hidden = self.hidden.detach().requires_grad_(wants[0])
+        with torch.set_grad_enabled(wants[0]):
             rows_TH = steps.rows(hidden).to(self.dtype)
         operands = [None if t is None else t.detach().to(self.dtype) for t in (rows_TH, self.weight, self.bias)]
-        if not any(self.wants):
+        if not any(wants):
             with torch.no_grad():
                 return self.compute(*operands, labels_T, formula), None
-        loss, finish = _with_gradients(self.compute, operands, labels_T, formula, self.wants)
+        loss, finish = _with_gradients(self.compute, operands, labels_T, formula, wants)
 
         def gradients(grad: Tensor) -> list[Tensor | None]:
             found = finish(grad)
