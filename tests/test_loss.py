@@ -414,8 +414,29 @@ def test_other_memory_in_the_place_of_the_weights_changes_nothing():
 
 def test_operators_that_change_a_shape_in_place_are_refused():
     x, *_ = deferred()
-    with pytest.raises(MoePatchError, match="changes the shape"):
+    with pytest.raises(MoePatchError, match="changes its shape"):
         x.detach().resize_(3)
+    with pytest.raises(MoePatchError, match=r"`.data = ` a tensor \(3,\)"):
+        x.data = torch.zeros(3)
+
+
+def test_data_is_set_as_that_of_ordinary_logits():
+    x, plain, a, z = deferred()
+    seen, old = [], []
+    for logits in (x, plain):
+        old.append(logits.detach())
+        before = F.cross_entropy(logits.view(-1, V), torch.arange(12))
+        logits.data = torch.ones_like(logits.detach() + 0)
+        after = F.cross_entropy(logits.view(-1, V), torch.arange(12))
+        seen.append((before, after, logits.sum(), *torch.autograd.grad(before + after, a if logits is x else z)))
+    for ours, theirs in zip((*seen[0], old[0]), (*seen[1], old[1]), strict=True):
+        assert torch.allclose(ours + 0, theirs, atol=1e-6)
+
+
+def test_who_reads_memory_past_all_operators_gets_an_error():
+    """And not what lies at address 0, which ends the process."""
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.utils.dlpack.to_dlpack(deferred()[0].detach())
 
 
 def test_nothing_holds_itself():

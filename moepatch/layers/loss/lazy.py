@@ -45,6 +45,12 @@ class Numbers:
             return self.value()
         return self._make() if self._base is None else self._make(self._base.fresh())
 
+    def replaced(self, value: Tensor) -> Numbers:
+        """Others, for a tensor that has had these until now."""
+        found = Numbers(self.fresh)
+        found._value = value
+        return found
+
 
 class Lazy(Tensor):
     """See the module's docstring. Subclasses say in `_follow` which operators make something lazy out of it.
@@ -58,7 +64,14 @@ class Lazy(Tensor):
     def _wrap(cls, shape, strides, offset: int, dtype: torch.dtype, device: torch.device, numbers: Numbers):
         made = torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, storage_offset=offset, dtype=dtype, device=device)
         made._numbers = numbers
+        torch._C._set_throw_on_mutable_data_ptr(made)  # what reads memory past all operators gets an error instead of no memory
         return made
+
+    def _set(self, value: Tensor) -> None:
+        """``self.data = value``: what shared memory with it keeps the old numbers."""
+        if value.shape != self.shape or value.dtype != self.dtype or value.device != self.device:
+            raise _reshaped(self, f"`.data = ` a tensor {tuple(value.shape)} in {value.dtype} on {value.device}")
+        self._numbers = self._numbers.replaced(value._numbers.value() if isinstance(value, Lazy) else value.detach())
 
     def _follow(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """What an operator on it gives without its numbers, or NotImplemented."""
@@ -72,6 +85,8 @@ class Lazy(Tensor):
     @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func == _SET_DATA:  # torch makes another object of it at each look
+            return args[0]._set(*args[1:])
         if func in _MEMORY:
             args, kwargs = tree_map(_in_memory, args), tree_map(_in_memory, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -104,10 +119,7 @@ class Lazy(Tensor):
             return found
         for lazy in owners.values():
             if lazy._numbers.value().shape != lazy.shape:
-                raise MoePatchError(
-                    f"{func} changes the shape of a tensor {tuple(lazy.shape)} whose numbers moepatch computes when somebody looks at them: it cannot "
-                    "follow that. Take an ordinary tensor first, `logits + 0`, or leave the loss unpatched: optimize(model, loss=None)."
-                )
+                raise _reshaped(lazy, f"{func} changes its shape")
         return tree_map(lambda leaf: owners.get(id(leaf), leaf), found)  # what writes into a tensor returns that tensor
 
 
@@ -124,6 +136,13 @@ def is_view(func: Callable) -> bool:
     """Whether an operator returns a view of its first argument."""
     returns = func._schema.returns
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+
+
+def _reshaped(lazy: Lazy, what: str) -> MoePatchError:
+    return MoePatchError(
+        f"A tensor {tuple(lazy.shape)} in {lazy.dtype}, whose numbers moepatch computes when somebody looks at them, cannot become another in place: "
+        f"{what}. Take an ordinary tensor first, `logits + 0`, or leave the loss unpatched: optimize(model, loss=None)."
+    )
 
 
 class _Ordinary(torch.autograd.Function):
@@ -160,6 +179,7 @@ def _torchs_own(func: Callable) -> Callable:
     return next((_OWN[name] for name, value in vars(F).items() if value is func and name in _OWN), func)
 
 
+_SET_DATA = Tensor.data.__set__
 _MEMORY = {
     *(Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor._typed_storage),
     *(Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.__dlpack__, Tensor.__cuda_array_interface__.__get__),
