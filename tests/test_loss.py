@@ -28,6 +28,7 @@ from moepatch import registry, surgery
 from moepatch.errors import MoePatchError
 from moepatch.kernels import cross_entropy as kernels
 from moepatch.layers.loss import backends, chunked  # noqa: F401  (registers the backends)
+from moepatch.layers.loss import head as head_module
 from moepatch.layers.loss.chunked import WORKSPACE, Formula, chunk_rows, linear_cross_entropy
 from moepatch.layers.loss.deferred import DeferredLogits, defer
 from moepatch.layers.loss.labelled import Labelled
@@ -400,6 +401,36 @@ def test_logits_of_what_has_changed_are_refused(change):
     for look in (lambda: x.sum(), lambda: x.grad.sum(), lambda: x.detach().float().tolist(), lambda: repr(x)):
         with pytest.raises(MoePatchError, match=r"before `optimizer.step\(\)`"):
             look()
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_loss_of_what_has_changed_is_refused(change, gradients):
+    """Somebody's own loss, or one more, of the logits of a forward pass before ``optimizer.step()``."""
+    x, _, hidden, _ = deferred(bias=True)
+    change(x._steps.head.module, hidden)
+    with torch.set_grad_enabled(gradients), pytest.raises(MoePatchError, match="nor can a loss of them"):
+        F.cross_entropy(x.view(-1, V), torch.arange(12))
+
+
+def test_what_a_cuda_graph_replays_is_made_anew_for_each_look(monkeypatch):
+    """A replay writes other hidden states into the same memory, and nothing on the host sees it."""
+    monkeypatch.setattr(head_module, "_is_capturing", lambda x: True)
+    x, _, hidden, _ = deferred()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    head, rows = x._steps.head.module, x.detach()[:, 1:]
+    for _ in range(3):
+        hidden.data.add_(1)
+        with torch.no_grad():
+            wanted = head(hidden)
+        assert torch.equal(x + 0, wanted) and torch.equal(rows.float() + 0, wanted[:, 1:])
+    for write in (lambda: x.detach().mul_(2), lambda: rows.view(2, -1, V).fill_(0)):
+        with pytest.raises(MoePatchError, match="CUDA graph replays"):
+            write()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    seen = x + 0  # while it is captured: memory that each replay fills
+    assert x._numbers.value() is x._numbers.value() and torch.equal(seen, x._numbers.value())
 
 
 def test_other_memory_in_the_place_of_the_weights_changes_nothing():

@@ -47,7 +47,7 @@ class DeferredLogits(Lazy):
             def make(*base):
                 return func(*(base or (self._numbers.fresh(),)), *args[1:], **kwargs)
 
-            numbers = Numbers(make, self._numbers if view else None)
+            numbers = Numbers(make, self._numbers if view else None, self._numbers.replayed)
         return self.of(steps, alike(self, func, args, kwargs), numbers)
 
     @classmethod
@@ -71,7 +71,7 @@ def defer(module: nn.Linear, hidden: Tensor, compute: Compute) -> DeferredLogits
 def _logits(head: Head) -> DeferredLogits:
     steps = Steps(head, (*head.hidden.shape[:-1], head.weight.shape[0]), head.dtype)
     strides = torch.empty(steps.shape, device="meta").stride()
-    return DeferredLogits.of(steps, (steps.shape, strides, 0), Numbers(head.logits))
+    return DeferredLogits.of(steps, (steps.shape, strides, 0), Numbers(head.logits, replayed=head.captured))
 
 
 class _Logits(torch.autograd.Function):

@@ -22,10 +22,12 @@ class Numbers:
     Args:
         make: makes them, at each call anew.
         base: for a view of other numbers: those. `make` then cuts it out of them.
+        replayed: whether a CUDA graph replays what they come from, and so changes what `make` makes. Who looks at them while it is captured has
+            memory that each replay fills; who looks later gets those of the last replay, made for this look.
     """
 
-    def __init__(self, make: Callable[..., Tensor], base: Numbers | None = None):
-        self._make, self._base = make, base
+    def __init__(self, make: Callable[..., Tensor], base: Numbers | None = None, replayed: bool = False):
+        self._make, self._base, self.replayed = make, base, replayed
         self._value: Tensor | None = None
 
     @property
@@ -35,9 +37,17 @@ class Numbers:
 
     def value(self) -> Tensor:
         """The numbers as they are now. Views share memory, as views do."""
-        if self._value is None:
-            self._value = self._make() if self._base is None else self._make(self._base.value())
-        return self._value
+        if self._value is not None:
+            return self._value
+        value = self._make() if self._base is None else self._make(self._base.value())
+        if not self.passing:
+            self._value = value
+        return value
+
+    @property
+    def passing(self) -> bool:
+        """Whether `value` makes them for one look, so that what is written into them is lost."""
+        return self.replayed and not self.made and not torch.cuda.is_current_stream_capturing()
 
     def fresh(self) -> Tensor:
         """The numbers as they were made, whatever has been written into them since. Not to be written into."""
@@ -70,7 +80,7 @@ class Lazy(Tensor):
     def _set(self, value: Tensor) -> None:
         """``self.data = value``: what shared memory with it keeps the old numbers."""
         if value.shape != self.shape or value.dtype != self.dtype or value.device != self.device:
-            raise _reshaped(self, f"`.data = ` a tensor {tuple(value.shape)} in {value.dtype} on {value.device}")
+            raise _fixed(self, f"`.data = ` a tensor {tuple(value.shape)} in {value.dtype} on {value.device}")
         self._numbers = self._numbers.replaced(value._numbers.value() if isinstance(value, Lazy) else value.detach())
 
     def _follow(self, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -105,6 +115,8 @@ class Lazy(Tensor):
                     return followed
         if func in _LIKE:
             return func(*tree_map(_stand_in, args), **tree_map(_stand_in, kwargs))
+        if func._schema.is_mutable and isinstance(args[0], Lazy) and args[0]._numbers.passing:
+            raise _fixed(args[0], f"{func} writes into what a CUDA graph replays, and nobody had looked at it when that was captured")
         owners = {}
 
         def ordinary(leaf):
@@ -119,7 +131,7 @@ class Lazy(Tensor):
             return found
         for lazy in owners.values():
             if lazy._numbers.value().shape != lazy.shape:
-                raise _reshaped(lazy, f"{func} changes its shape")
+                raise _fixed(lazy, f"{func} changes its shape")
         return tree_map(lambda leaf: owners.get(id(leaf), leaf), found)  # what writes into a tensor returns that tensor
 
 
@@ -138,7 +150,7 @@ def is_view(func: Callable) -> bool:
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
-def _reshaped(lazy: Lazy, what: str) -> MoePatchError:
+def _fixed(lazy: Lazy, what: str) -> MoePatchError:
     return MoePatchError(
         f"A tensor {tuple(lazy.shape)} in {lazy.dtype}, whose numbers moepatch computes when somebody looks at them, cannot become another in place: "
         f"{what}. Take an ordinary tensor first, `logits + 0`, or leave the loss unpatched: optimize(model, loss=None)."
