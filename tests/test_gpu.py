@@ -11,6 +11,7 @@ import torch
 import zoo
 
 import moepatch
+from moepatch.errors import MoePatchError
 from moepatch.experts.grouped import grouped_experts
 from moepatch.experts.reference import reference_experts
 from moepatch.experts.spec import ExpertWeights
@@ -149,6 +150,38 @@ def test_a_whole_step_as_a_cuda_graph(name):
     for key, p in model.named_parameters():
         if key in truth:
             assert compare.error(p.grad.float(), truth[key].float()) < 0.02, key
+
+
+def test_logits_after_replays_are_those_of_the_last_replay():
+    """Nobody looks at them while the step is captured, so no replay makes them."""
+    model, _ = _patched("qwen3_moe")
+    ids = torch.randint(3, zoo.VOCAB, (2, 64), device="cuda")
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        out = model(input_ids=ids, labels=ids)
+        out.loss.backward()
+        return out
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(3):
+        ids.copy_(torch.randint(3, zoo.VOCAB, ids.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        with torch.no_grad():
+            wanted = model(input_ids=ids).logits
+        assert compare.error(captured.logits.float() + 0, wanted.float()) < 0.02
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    with pytest.raises(MoePatchError, match="changed since"):
+        captured.logits.sum()
 
 
 def test_a_launch_refuses_tensors_of_the_host():

@@ -7,6 +7,7 @@ import functools
 import gc
 import inspect
 import io
+import math
 import itertools
 import pickle
 import weakref
@@ -27,6 +28,7 @@ from moepatch import registry, surgery
 from moepatch.errors import MoePatchError
 from moepatch.kernels import cross_entropy as kernels
 from moepatch.layers.loss import backends, chunked  # noqa: F401  (registers the backends)
+from moepatch.layers.loss import head as head_module
 from moepatch.layers.loss.chunked import WORKSPACE, Formula, chunk_rows, linear_cross_entropy
 from moepatch.layers.loss.deferred import DeferredLogits, defer
 from moepatch.layers.loss.labelled import Labelled
@@ -401,6 +403,36 @@ def test_logits_of_what_has_changed_are_refused(change):
             look()
 
 
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_loss_of_what_has_changed_is_refused(change, gradients):
+    """Somebody's own loss, or one more, of the logits of a forward pass before ``optimizer.step()``."""
+    x, _, hidden, _ = deferred(bias=True)
+    change(x._steps.head.module, hidden)
+    with torch.set_grad_enabled(gradients), pytest.raises(MoePatchError, match="nor can a loss of them"):
+        F.cross_entropy(x.view(-1, V), torch.arange(12))
+
+
+def test_what_a_cuda_graph_replays_is_made_anew_for_each_look(monkeypatch):
+    """A replay writes other hidden states into the same memory, and nothing on the host sees it."""
+    monkeypatch.setattr(head_module, "_is_capturing", lambda x: True)
+    x, _, hidden, _ = deferred()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    head, rows = x._steps.head.module, x.detach()[:, 1:]
+    for _ in range(3):
+        hidden.data.add_(1)
+        with torch.no_grad():
+            wanted = head(hidden)
+        assert torch.equal(x + 0, wanted) and torch.equal(rows.float() + 0, wanted[:, 1:])
+    for write in (lambda: x.detach().mul_(2), lambda: rows.view(2, -1, V).fill_(0)):
+        with pytest.raises(MoePatchError, match="CUDA graph replays"):
+            write()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    seen = x + 0  # while it is captured: memory that each replay fills
+    assert x._numbers.value() is x._numbers.value() and torch.equal(seen, x._numbers.value())
+
+
 def test_other_memory_in_the_place_of_the_weights_changes_nothing():
     x, plain, *_ = deferred()
     head = x._steps.head.module
@@ -413,8 +445,29 @@ def test_other_memory_in_the_place_of_the_weights_changes_nothing():
 
 def test_operators_that_change_a_shape_in_place_are_refused():
     x, *_ = deferred()
-    with pytest.raises(MoePatchError, match="changes the shape"):
+    with pytest.raises(MoePatchError, match="changes its shape"):
         x.detach().resize_(3)
+    with pytest.raises(MoePatchError, match=r"`.data = ` a tensor \(3,\)"):
+        x.data = torch.zeros(3)
+
+
+def test_data_is_set_as_that_of_ordinary_logits():
+    x, plain, a, z = deferred()
+    seen, old = [], []
+    for logits in (x, plain):
+        old.append(logits.detach())
+        before = F.cross_entropy(logits.view(-1, V), torch.arange(12))
+        logits.data = torch.ones_like(logits.detach() + 0)
+        after = F.cross_entropy(logits.view(-1, V), torch.arange(12))
+        seen.append((before, after, logits.sum(), *torch.autograd.grad(before + after, a if logits is x else z)))
+    for ours, theirs in zip((*seen[0], old[0]), (*seen[1], old[1]), strict=True):
+        assert torch.allclose(ours + 0, theirs, atol=1e-6)
+
+
+def test_who_reads_memory_past_all_operators_gets_an_error():
+    """And not what lies at address 0, which ends the process."""
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.utils.dlpack.to_dlpack(deferred()[0].detach())
 
 
 def test_nothing_holds_itself():
@@ -431,6 +484,44 @@ def test_nothing_holds_itself():
             assert head() is None
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize("road", [lambda x: x, lambda x: torch.tanh(x[:, 1:].float() / 3.0) * 3.0, lambda x: x.double()])
+def test_a_loss_that_is_kept_keeps_nothing_after_its_backward(road):
+    """As torch's own nodes let go of what they have saved, unless the graph is retained."""
+    x, plain, *_ = deferred()
+    head = weakref.ref(x._steps.head)
+    x, plain = road(x), road(plain)
+    ours, theirs = (F.cross_entropy(z.flatten(0, 1), torch.arange(z.shape[:2].numel())) for z in (x, plain))
+    del x, plain
+    for loss in (ours, theirs):
+        loss.backward(retain_graph=True)
+        loss.backward()
+    gc.collect()
+    assert head() is None
+    for loss in (ours, theirs):
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_loss_without_gradients_prepares_none(detached, monkeypatch):
+    """A metric of a training step: the logits would have a gradient, this loss of them has none."""
+    x, plain, *_ = deferred()
+    monkeypatch.setattr(chunked._Sum, "add", lambda *_: pytest.fail("a gradient was computed"))
+    with torch.set_grad_enabled(detached):
+        ours, theirs = (F.cross_entropy((z.detach() if detached else z).view(-1, V), torch.arange(12)) for z in (x, plain))
+    assert compare.error(ours, theirs) <= 1e-6 and not is_made(x) and not ours.requires_grad
+
+
+@pytest.mark.parametrize("factor", [0, 0.0, -1, math.inf, math.nan])
+def test_odd_factors(factor):
+    x, plain, a, z = deferred()
+    for road in (lambda y: y * factor, lambda y: torch.tanh(y) * factor, lambda y: torch.tanh(y * factor) * 2.0, lambda y: torch.tanh(y) / (factor or 1)):
+        ours, theirs = (F.cross_entropy(road(y).view(-1, V), torch.arange(12)) for y in (x, plain))
+        assert torch.allclose(ours, theirs, equal_nan=True), (ours, theirs)
+        (grad,), (true,) = torch.autograd.grad(ours, a, retain_graph=True), torch.autograd.grad(theirs, z, retain_graph=True)
+        assert torch.allclose(grad, true, atol=1e-6, equal_nan=True)
 
 
 # --- models --------------------------------------------------------------------------------------------------------------------------

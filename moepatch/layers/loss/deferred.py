@@ -47,7 +47,7 @@ class DeferredLogits(Lazy):
             def make(*base):
                 return func(*(base or (self._numbers.fresh(),)), *args[1:], **kwargs)
 
-            numbers = Numbers(make, self._numbers if view else None)
+            numbers = Numbers(make, self._numbers if view else None, self._numbers.replayed)
         return self.of(steps, alike(self, func, args, kwargs), numbers)
 
     @classmethod
@@ -71,7 +71,7 @@ def defer(module: nn.Linear, hidden: Tensor, compute: Compute) -> DeferredLogits
 def _logits(head: Head) -> DeferredLogits:
     steps = Steps(head, (*head.hidden.shape[:-1], head.weight.shape[0]), head.dtype)
     strides = torch.empty(steps.shape, dtype=steps.dtype, device="meta").stride()
-    return DeferredLogits.of(steps, (steps.shape, strides, 0), Numbers(head.logits))
+    return DeferredLogits.of(steps, (steps.shape, strides, 0), Numbers(head.logits, replayed=head.captured))
 
 
 class _Logits(torch.autograd.Function):
@@ -81,20 +81,28 @@ class _Logits(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, head):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.set_materialize_grads(False)
-        ctx.head = head
+        ctx.head, ctx.dtype = head, head.dtype
         return _logits(head)
 
     @staticmethod
     def backward(ctx, grad):
-        saved = ctx.saved_tensors
+        saved, head = ctx.saved_tensors, ctx.head
+        if not _retains_graph():
+            ctx.head = None
         if grad is None:
             return None, None, None, None
         taken, rest = [], grad
-        if isinstance(grad, DeferredGradient) and grad._steps.before is None and grad._steps.head is ctx.head and not torch.is_grad_enabled():
+        if isinstance(grad, DeferredGradient) and grad._steps.before is None and grad._steps.head is head and not torch.is_grad_enabled():
             taken, rest = grad.take() or ([], grad)
         if rest is not None:
-            taken = [*taken, _linear_backward(rest, *saved, ctx.head.dtype, ctx.needs_input_grad)]
+            taken = [*taken, _linear_backward(rest, *saved, ctx.dtype, ctx.needs_input_grad)]
         return *(_sum(grads) for grads in zip(*taken, strict=True)), None
+
+
+def _retains_graph() -> bool:
+    """Whether the backward pass that runs keeps the graph. Else what a node holds besides saved tensors has to go where those do: who keeps a loss
+    after its backward, to add it up or to show it, would keep the hidden states of that step as well."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _sum(grads: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -125,11 +133,16 @@ class _Tanh(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _unchanged(ctx.out, ctx.version)
+        x, out = ctx.x, ctx.out
+        if out is None:
+            raise RuntimeError("Trying to backward through the graph of these logits a second time: specify retain_graph=True the first time.")
+        if not _retains_graph():
+            ctx.x = ctx.out = None
+        _unchanged(out, ctx.version)
         if not torch.is_grad_enabled():
-            return aten.tanh_backward.default(grad, ctx.out)
+            return aten.tanh_backward.default(grad, out)
         with torch._C.DisableTorchFunctionSubclass():
-            return grad * (1 - torch.tanh(ctx.x).square())
+            return grad * (1 - torch.tanh(x).square())
 
 
 def _unchanged(x: Tensor, version: int) -> None:
@@ -160,7 +173,7 @@ def _fused(x: DeferredLogits, target: Tensor, ignore_index: int, mean: bool) -> 
     wide = torch.promote_types(x.dtype, torch.float32) if autocast_dtype(x.device) is not None else x.dtype
     if torch.is_grad_enabled() and x.requires_grad:
         return _CrossEntropy.apply(x, target, formula, wide)
-    return steps.head.loss(steps, target, formula)[0].to(wide)
+    return steps.head.loss(steps, target, formula, wants=(False, False, False))[0].to(wide)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -169,7 +182,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, target, formula, wide):
         ctx.save_for_backward(target)
-        loss, finish = x._steps.head.loss(x._steps, target, formula)
+        head = x._steps.head
+        loss, finish = head.loss(x._steps, target, formula, head.wants)
         # Not saved as tensors are: hooks on what is saved would look at it. It is an input, so that nothing holds itself.
         ctx.x, ctx.formula, ctx.wide, ctx.prepared, ctx.version = x, formula, wide, Prepared(finish), x._version
         return loss.to(wide)
@@ -177,11 +191,13 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (target,) = ctx.saved_tensors  # raises torch's own error after a backward pass that did not retain the graph
-        x, formula, wide = ctx.x, ctx.formula, ctx.wide
+        x, formula, wide, prepared = ctx.x, ctx.formula, ctx.wide, ctx.prepared
         if torch.is_grad_enabled():
             return _differentiable(ctx, target, grad), None, None, None
+        if not _retains_graph():
+            ctx.x = ctx.prepared = None
         exact = grad.to(torch.promote_types(wide, torch.float32))  # as the loss was before it was rounded
-        part = Part(ctx.prepared, exact, lambda: _gradient(x._numbers.fresh(), target, formula, wide, grad))
+        part = Part(prepared, exact, lambda: _gradient(x._numbers.fresh(), target, formula, wide, grad))
         return DeferredGradient.of(x._steps, (part,)), None, None, None
 
 

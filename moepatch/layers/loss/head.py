@@ -97,6 +97,7 @@ class Head:
         # Not the parameters themselves: who empties ``weight.data`` after the forward pass puts other memory there.
         self.hidden, self.weight, self.bias = (None if t is None else t.detach() for t in inputs)
         self.autocast = autocast_dtype(self.hidden.device)
+        self.captured = _is_capturing(self.hidden)
         self._versions, self._sample = _versions(self.hidden, self.weight, self.bias), _sample(self.weight, self.bias)
 
     @property
@@ -127,21 +128,31 @@ class Head:
                 return F.linear(self.hidden, weight, bias)
             return self._called_again()
 
-    def loss(self, steps, labels_T: Tensor, formula: Formula) -> tuple[Tensor, Callable[[Tensor], list[Tensor | None]] | None]:
+    def loss(
+        self, steps, labels_T: Tensor, formula: Formula, wants: tuple[bool, ...]
+    ) -> tuple[Tensor, Callable[[Tensor], list[Tensor | None]] | None]:
         """The fused loss of the values that `steps` (`steps.Steps`) lead to.
+
+        Args:
+            wants: whether the gradients of hidden states, weight and bias are wanted; not those that `self.wants` leaves out.
+
+        Raises:
+            MoePatchError: the head's arguments have changed.
 
         Returns:
             The loss without a graph; and, if gradients are wanted, what makes those of hidden states, weight and bias out of the loss's.
             It may be called once.
         """
-        hidden = self.hidden.detach().requires_grad_(self.wants[0])
-        with torch.set_grad_enabled(self.wants[0]):
+        if not _deferring.on:  # else it is the loss of the forward pass that the head is in, and nothing can have come between
+            self._check(self.weight, self.bias)
+        hidden = self.hidden.detach().requires_grad_(wants[0])
+        with torch.set_grad_enabled(wants[0]):
             rows_TH = steps.rows(hidden).to(self.dtype)
         operands = [None if t is None else t.detach().to(self.dtype) for t in (rows_TH, self.weight, self.bias)]
-        if not any(self.wants):
+        if not any(wants):
             with torch.no_grad():
                 return self.compute(*operands, labels_T, formula), None
-        loss, finish = _with_gradients(self.compute, operands, labels_T, formula, self.wants)
+        loss, finish = _with_gradients(self.compute, operands, labels_T, formula, wants)
 
         def gradients(grad: Tensor) -> list[Tensor | None]:
             found = finish(grad)
@@ -158,7 +169,7 @@ class Head:
         if _versions(self.hidden, self.weight, self.bias) != self._versions or not _equal(_sample(weight, bias), self._sample):
             raise MoePatchError(
                 "The logits of this output were not computed yet, and the head's weight or its input has changed since: they cannot be computed any "
-                "more. Read `outputs.logits` before `optimizer.step()`, or leave the loss unpatched: optimize(model, loss=None)."
+                "more, nor can a loss of them. Read `outputs.logits` before `optimizer.step()`, or leave the loss unpatched: optimize(model, loss=None)."
             )
 
     def _called_again(self) -> Tensor:
@@ -212,8 +223,12 @@ def _sample(weight_VH: Tensor, bias_V: Tensor | None) -> list[Tensor]:
     return [t.clone(memory_format=torch.contiguous_format) for t in found]
 
 
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
     """Bit for bit. On a GPU the host waits for the answer, except while a graph is captured, where it is not asked."""
-    if some[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    if _is_capturing(some[0]):
         return True
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(some, others, strict=True))

@@ -7,8 +7,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from .head import deferring
 
@@ -25,17 +23,6 @@ class Labelled:
             cls.forward = _with_deferring(super(Labelled, cls).forward)
 
 
-#: With these, FSDP1 keeps a unit's weights from its forward to its backward.
-_STAYS = (ShardingStrategy.NO_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy._HYBRID_SHARD_ZERO2)
-
-
-def _leaves(head: nn.Module | None) -> bool:
-    """Whether a head is an FSDP1 unit of its own, whose weights are freed before the loss is computed: then its logits cannot wait."""
-    if head is None or type(head) is nn.Linear:
-        return False
-    return any(isinstance(part, FullyShardedDataParallel) and part.sharding_strategy not in _STAYS for part in head.modules())
-
-
 def _with_deferring(forward):
     names = list(inspect.signature(forward).parameters)
     position = names.index("labels") - 1 if "labels" in names else None  # among the arguments after self
@@ -44,7 +31,7 @@ def _with_deferring(forward):
     def labelled(self, *args, **kwargs):
         forward = super(Labelled, self).forward  # as it is now: somebody may have given the class another one
         labels = kwargs.get("labels") if position is None or len(args) <= position else args[position]
-        if labels is None or torch.compiler.is_compiling() or _leaves(self.get_output_embeddings()):
+        if labels is None or torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         with deferring(kwargs.get("num_items_in_batch"), self):
             return forward(*args, **kwargs)

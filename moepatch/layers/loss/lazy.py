@@ -22,10 +22,12 @@ class Numbers:
     Args:
         make: makes them, at each call anew.
         base: for a view of other numbers: those. `make` then cuts it out of them.
+        replayed: whether a CUDA graph replays what they come from, and so changes what `make` makes. Who looks at them while it is captured has
+            memory that each replay fills; who looks later gets those of the last replay, made for this look.
     """
 
-    def __init__(self, make: Callable[..., Tensor], base: Numbers | None = None):
-        self._make, self._base = make, base
+    def __init__(self, make: Callable[..., Tensor], base: Numbers | None = None, replayed: bool = False):
+        self._make, self._base, self.replayed = make, base, replayed
         self._value: Tensor | None = None
 
     @property
@@ -35,15 +37,29 @@ class Numbers:
 
     def value(self) -> Tensor:
         """The numbers as they are now. Views share memory, as views do."""
-        if self._value is None:
-            self._value = self._make() if self._base is None else self._make(self._base.value())
-        return self._value
+        if self._value is not None:
+            return self._value
+        value = self._make() if self._base is None else self._make(self._base.value())
+        if not self.passing:
+            self._value = value
+        return value
+
+    @property
+    def passing(self) -> bool:
+        """Whether `value` makes them for one look, so that what is written into them is lost."""
+        return self.replayed and not self.made and not torch.cuda.is_current_stream_capturing()
 
     def fresh(self) -> Tensor:
         """The numbers as they were made, whatever has been written into them since. Not to be written into."""
         if not self.made:
             return self.value()
         return self._make() if self._base is None else self._make(self._base.fresh())
+
+    def replaced(self, value: Tensor) -> Numbers:
+        """Others, for a tensor that has had these until now."""
+        found = Numbers(self.fresh)
+        found._value = value
+        return found
 
 
 class Lazy(Tensor):
@@ -58,7 +74,14 @@ class Lazy(Tensor):
     def _wrap(cls, shape, strides, offset: int, dtype: torch.dtype, device: torch.device, numbers: Numbers):
         made = torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, storage_offset=offset, dtype=dtype, device=device)
         made._numbers = numbers
+        torch._C._set_throw_on_mutable_data_ptr(made)  # what reads memory past all operators gets an error instead of no memory
         return made
+
+    def _set(self, value: Tensor) -> None:
+        """``self.data = value``: what shared memory with it keeps the old numbers."""
+        if value.shape != self.shape or value.dtype != self.dtype or value.device != self.device:
+            raise _fixed(self, f"`.data = ` a tensor {tuple(value.shape)} in {value.dtype} on {value.device}")
+        self._numbers = self._numbers.replaced(value._numbers.value() if isinstance(value, Lazy) else value.detach())
 
     def _follow(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """What an operator on it gives without its numbers, or NotImplemented."""
@@ -72,6 +95,8 @@ class Lazy(Tensor):
     @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func == _SET_DATA:  # torch makes another object of it at each look
+            return args[0]._set(*args[1:])
         if func in _MEMORY:
             args, kwargs = tree_map(_in_memory, args), tree_map(_in_memory, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -90,6 +115,8 @@ class Lazy(Tensor):
                     return followed
         if func in _LIKE:
             return func(*tree_map(_stand_in, args), **tree_map(_stand_in, kwargs))
+        if func._schema.is_mutable and isinstance(args[0], Lazy) and args[0]._numbers.passing:
+            raise _fixed(args[0], f"{func} writes into what a CUDA graph replays, and nobody had looked at it when that was captured")
         owners = {}
 
         def ordinary(leaf):
@@ -104,10 +131,7 @@ class Lazy(Tensor):
             return found
         for lazy in owners.values():
             if lazy._numbers.value().shape != lazy.shape:
-                raise MoePatchError(
-                    f"{func} changes the shape of a tensor {tuple(lazy.shape)} whose numbers moepatch computes when somebody looks at them: it cannot "
-                    "follow that. Take an ordinary tensor first, `logits + 0`, or leave the loss unpatched: optimize(model, loss=None)."
-                )
+                raise _fixed(lazy, f"{func} changes its shape")
         return tree_map(lambda leaf: owners.get(id(leaf), leaf), found)  # what writes into a tensor returns that tensor
 
 
@@ -124,6 +148,13 @@ def is_view(func: Callable) -> bool:
     """Whether an operator returns a view of its first argument."""
     returns = func._schema.returns
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+
+
+def _fixed(lazy: Lazy, what: str) -> MoePatchError:
+    return MoePatchError(
+        f"A tensor {tuple(lazy.shape)} in {lazy.dtype}, whose numbers moepatch computes when somebody looks at them, cannot become another in place: "
+        f"{what}. Take an ordinary tensor first, `logits + 0`, or leave the loss unpatched: optimize(model, loss=None)."
+    )
 
 
 class _Ordinary(torch.autograd.Function):
@@ -160,6 +191,7 @@ def _torchs_own(func: Callable) -> Callable:
     return next((_OWN[name] for name, value in vars(F).items() if value is func and name in _OWN), func)
 
 
+_SET_DATA = Tensor.data.__set__
 _MEMORY = {
     *(Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor._typed_storage),
     *(Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.__dlpack__, Tensor.__cuda_array_interface__.__get__),

@@ -78,9 +78,8 @@ def with_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
         hidden: ``[T, H]``.
         labels: ``[T]``, shifted already.
     """
-    with deferring():
-        logits = head(hidden)
-    return nn.functional.cross_entropy(logits.float(), labels)
+    with deferring():  # the loss as well: as in a model's forward, nobody has to look whether the weight is still what it was
+        return nn.functional.cross_entropy(head(hidden).float(), labels)
 
 
 def _call(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:

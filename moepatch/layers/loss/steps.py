@@ -6,6 +6,7 @@ the gradient of its values to the gradient of the values before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -83,14 +84,19 @@ def _called_with(funcs: tuple, number: float) -> Callable:
 _MUL, _DIV = (aten.mul.Tensor, aten.mul.Scalar), (aten.div.Tensor, aten.div.Scalar)
 
 
+def _is_factor(value: Any) -> bool:
+    """One that can be taken back: a formula divides by its cap."""
+    return _number(value) and value != 0 and math.isfinite(value)
+
+
 def _times(steps, number):
-    if not _number(number):
+    if not _is_factor(number):
         return None
     return steps.then(_called_with(_MUL, number), **({"cap": steps.cap * number} if steps.tanh else {"scale": steps.scale * number}))
 
 
 def _over(steps, number):
-    if not _number(number) or number == 0:
+    if not _is_factor(number):
         return None
     return steps.then(_called_with(_DIV, number), **({"cap": steps.cap / number} if steps.tanh else {"scale": steps.scale / number}))
 
