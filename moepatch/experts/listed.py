@@ -264,10 +264,11 @@ class HostCounts:
         counts.index_add_(0, ids.clamp(-1, experts) % (experts + 1), counts.new_ones(1).expand(len(ids)))
         self._event = None
         if counts.is_cuda:
-            self._counts = torch.empty(experts + 1, dtype=torch.int32, pin_memory=True)
+            # The device of the ids need not be the current one, and the caller's default device is none that can be pinned.
+            self._counts = torch.empty(experts + 1, dtype=torch.int32, device="cpu", pin_memory=True)
             self._counts.copy_(counts, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(ids.device))
         else:
             self._counts = counts.cpu()
 
