@@ -18,6 +18,8 @@ from .carrying_out import Done, carry_out, timed
 from .check import check_model, check_plan
 from .dispatch.base import Dispatcher
 from .errors import LeftAlone, MoePatchError, NothingMatched, PlanMismatch
+from .experts.expert_list import PatchedExpertList
+from .experts.listed import HELD
 from .frameworks import called, shadowed
 from .kinds import KINDS
 from .layers.attention.sight import choices
@@ -223,7 +225,7 @@ def report(model: nn.Module) -> Report:
     if patch is None:
         where = _elsewhere(model, "report") or " Call moepatch.optimize(model) first."
         raise MoePatchError(f"This {type(model).__name__} is not patched.{where}")
-    since = (*words.changed(_changes(model)), *called(model), *quantized_since(model, patch.report.plan))
+    since = (*words.changed(_changes(model)), *called(model), *words.apart(_apart(model)), *quantized_since(model, patch.report.plan))
     return replace(patch.report, notes=(*patch.report.notes, *since)) if since else patch.report
 
 
@@ -238,6 +240,12 @@ def _changes(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
         now, said = choice.changes(), () if choice.watch is None else choice.watch.said.values()
         found.setdefault("attention", []).extend((str(change), words.outcome(change in now, True)) for change in said)
     return found
+
+
+def _apart(model: nn.Module) -> list[str]:
+    """The lists whose experts' weights each call copies together."""
+    lists = {fqn: vars(m).get(HELD) for fqn, m in model.named_modules() if isinstance(m, PatchedExpertList) and not m.changes()}
+    return [fqn for fqn, held in lists.items() if held is not None and held.are_apart()]
 
 
 def _can_leave(module: Patched) -> bool:

@@ -100,6 +100,13 @@ def test_scales_for_some_rows(shape, rows):
     assert torch.equal(made, right if rows is None else right[rows])
 
 
+@pytest.mark.parametrize("block", [None, (64, 64)])
+def test_scales_that_nobody_can_tell_apart(block):
+    with pytest.raises(ValueError, match="5 scales along an axis of 576 numbers"):
+        per_number(torch.rand(5, 1), (576, 64), block)
+    assert per_number(torch.rand(4, 1), (576, 64), block).shape == (4, 1)
+
+
 def test_what_cannot_be_read_says_so(hub, tmp_path):
     stored = hub / "gpt_oss" / "model.safetensors"
     (tmp_path / "model.safetensors").symlink_to(stored)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import types
 
 import pytest
 import torch
@@ -94,6 +96,108 @@ def test_what_a_forward_calls_counts(verdicts, monkeypatch):
     assert taken(Mlp())
     monkeypatch.setattr(sys.modules[__name__], "helper", lambda x: F.silu(x).clamp(max=5.0))
     assert not taken(Mlp())
+
+
+FACTORS, NAMED, BOX, LIBRARY = [1.0], {"by": 1.0}, types.SimpleNamespace(factor=1.0), types.ModuleType("library_of_test")
+LIBRARY.FACTOR = 1.0
+exec("def doubled(x):\n    return x", vars(LIBRARY))
+
+
+class Settings:
+    factor = 1.0
+
+
+def times(number):
+    def decorate(forward):
+        @functools.wraps(forward)
+        def wrapper(self, x):
+            return forward(self, x) * number
+
+        return wrapper
+
+    return decorate
+
+
+def enclosing():
+    number = 1.0
+
+    def scaled(x):
+        return x * number
+
+    def give(value):
+        nonlocal number
+        number = value
+
+    return scaled, give
+
+
+SCALED, GIVE = enclosing()
+
+
+class Plain(nn.Module):
+    """One that may compute twice as much, for reasons outside of it."""
+
+    how, factor = "", 1.0
+    limit = 10**6
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.gate_proj, self.down_proj = nn.Linear(16, 24, bias=False), nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
+
+    @property
+    def asked(self):
+        return 1.0
+
+    @staticmethod
+    def static(x):
+        return x
+
+    def forward(self, x):
+        y = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        y = SCALED(self.static(LIBRARY.doubled(y))) * self.factor * self.asked * FACTORS[0] * NAMED["by"] * BOX.factor * LIBRARY.FACTOR * Settings.factor
+        if torch.are_deterministic_algorithms_enabled():
+            return y * 2
+        return y * 2 if x.shape[0] > self.limit else y
+
+
+@pytest.fixture
+def told(monkeypatch):
+    yield monkeypatch
+    GIVE(1.0)
+    FACTORS[0] = 1.0
+    torch.use_deterministic_algorithms(False)
+
+
+CHANGES = {
+    "an attribute of the class": lambda m: m.setattr(Plain, "factor", 2.0),
+    "one that only many tokens ask for": lambda m: m.setattr(Plain, "limit", 3),
+    "a property": lambda m: m.setattr(Plain, "asked", property(lambda self: 2.0)),
+    "a static method": lambda m: m.setattr(Plain, "static", staticmethod(lambda x: x * 2)),
+    "a wrapper around its forward": lambda m: m.setattr(Plain, "forward", times(2.0)(Plain.forward)),
+    "an item of a list": lambda m: FACTORS.__setitem__(0, 2.0),
+    "an item of a dict": lambda m: m.setitem(NAMED, "by", 2.0),
+    "an attribute of an object": lambda m: m.setattr(BOX, "factor", 2.0),
+    "a name of a library": lambda m: m.setattr(LIBRARY, "FACTOR", 2.0),
+    "a function of a library": lambda m: m.setattr(LIBRARY, "doubled", lambda x: x * 2),
+    "an attribute of another class": lambda m: m.setattr(Settings, "factor", 2.0),
+    "what a function encloses": lambda m: GIVE(2.0),
+    "a setting of torch": lambda m: torch.use_deterministic_algorithms(True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_a_forward_reads_outside_counts(change, verdicts, told):
+    assert taken(Plain()) and taken(Plain()) and len(verdicts) == 1
+    change(told)
+    assert not taken(Plain())
+
+
+def test_a_wrapper_is_exchanged_for_another(verdicts, monkeypatch):
+    forward = Plain.forward
+    monkeypatch.setattr(Plain, "forward", times(1.0)(forward))
+    assert taken(Plain())
+    monkeypatch.setattr(Plain, "forward", times(2.0)(forward))
+    assert not taken(Plain())
 
 
 def test_what_could_not_be_read_is_tried_again(verdicts):

@@ -624,6 +624,51 @@ def test_other_ways_to_call(call):
         assert compare.error(results[1][name], grad) <= 1e-4, name
 
 
+def test_weights_that_stand_in_for_one_call_leave_the_others_beside_each_other():
+    models = pair()
+    moepatch.optimize(models[1])
+    for model in models:
+        torch.func.functional_call(model, {n: p.detach() * 1.1 for n, p in model.named_parameters()}, IDS)
+    assert len(vars(experts_of(models[1]))[HELD].joined) == 2
+    assert_same(*models)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_compiled_list_reads_has_changed(when):
+    models = pair()
+    moepatch.optimize(models[1])
+    compiled = torch.compile(models[1], backend="eager")
+    if when == "after":
+        assert compare.error(compiled(IDS), models[0](IDS)) <= 1e-5
+    for model in models:
+        experts_of(model)[2].act_fn = nn.GELU()
+    assert compare.error(compiled(IDS), models[0](IDS)) <= 1e-5
+
+
+def test_weights_that_lie_apart_are_said_to():
+    model = listed()
+    moepatch.optimize(model)
+    assert not moepatch.report(model).notes
+    model.load_state_dict(model.state_dict(), assign=True)
+    model.load_state_dict({n: v.clone() for n, v in model.state_dict().items()}, assign=True)
+    model(IDS)
+    (note,) = moepatch.report(model).notes
+    assert "layers.{0,1}.mlp.experts: the weights of the experts lie apart" in note
+    model.to(IDS.device)
+    model(IDS)
+    assert not moepatch.report(model).notes
+
+
+def test_hooks_on_all_experts_are_one_note():
+    model = listed()
+    moepatch.optimize(model)
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda *unused: None)
+    model(IDS)
+    (note,) = [note for note in moepatch.report(model).notes if "family's own code" in note]
+    assert note.startswith("layers.{0,1}.mlp.experts: an expert is called with more than its weights (0 has a forward pre-hook")
+
+
 def test_meta_lists_are_patched_and_filled():
     with torch.device("meta"):
         model = type(listed())()

@@ -48,7 +48,7 @@ class Mover:
         """Every rank's number of tokens, with buffers that have room for them. Grows on all ranks or on none."""
         tokens = self.hosts.exchange(x_TH.shape[0], turn)
         if tokens not in self._edges:
-            edge_W = torch.tensor([sum(tokens[:r]) for r in range(len(tokens) + 1)], dtype=torch.int32, pin_memory=x_TH.is_cuda)
+            edge_W = torch.tensor([sum(tokens[:r]) for r in range(len(tokens) + 1)], dtype=torch.int32, device="cpu", pin_memory=x_TH.is_cuda)
             if len(self._edges) >= 256:
                 self._edges.clear()
             self._edges[tokens] = Edges(tokens, edge_W.to(x_TH.device, non_blocking=True))

@@ -165,14 +165,19 @@ class ListedState(ExpertsState):
 
 
 class PatchedExpertList(PatchedExperts):
-    """The list with its children: they keep their parameters, and a call computes with those stacked (see `listed`)."""
+    """The list with its children: they keep their parameters, and a call computes with those stacked (see `listed`).
 
+    The block asks `wholes` before each call of it, so that a call itself has nothing to stand aside for.
+    """
+
+    stands_aside = False
     _moepatch: ListedState
 
     def wholes(self, hidden_states: Tensor) -> Mapping[str, Whole] | None:
         """What a call computes with, for `forward`; empty where nothing is kept. None: only calling the experts themselves will do."""
         if torch.compiler.is_compiling():
-            return {} if _are_linear(self, self._moepatch.weights) else None
+            changed = self._moepatch_watch is not None and self._moepatch_watch.changed_in_graph(self)
+            return None if changed or not _are_linear(self, self._moepatch.weights) else {}
         held = vars(self).get(HELD)
         if held is None:  # a trial
             return {}
@@ -187,9 +192,9 @@ class PatchedExpertList(PatchedExperts):
         return None if mixed else wholes
 
     def changes(self) -> tuple[Change, ...]:
-        """As `Patched.changes`, of everything inside the experts, too."""
+        """As `Patched.changes`, of everything inside the experts, too; what both tell is told once."""
         held = vars(self).get(HELD)
-        return (*super().changes(), *(held.changes(self) if held is not None else ()))
+        return (held.changes(self) if held is not None else ()) or super().changes()
 
     def met(self) -> tuple[Change, ...]:
         """As `Patched.met`."""

@@ -74,11 +74,11 @@ class Listed:
         """The first thing that is not what it was, in words; it is among `said` from now on."""
         if self.is_unchanged():
             return () if self.wholes() is not None else (self.say("the experts' weights", "all of one size and dtype", "of several, or of others"),)
-        hung = what_is_hung_on(module, "")
+        hung = next((words for place, expert in module._modules.items() if expert is not None and (words := what_is_hung_on(expert, place))), None)
         now = list(_of_all(self._tables))
         other = next((pair for pair in zip(self._children, now, strict=False) if pair[0] is not pair[1]), None)
         if hung is not None:
-            change = Change("an expert", "called by nobody's hooks", f"more than that: {hung.lstrip('.')}")
+            change = Change("an expert", "called without that", f"called with more than its weights ({hung})")
         elif other is not None:
             change = Change(self._names[self._modules.index(other[0])], f"another {type(other[0]).__name__}", type(other[1]).__name__)
         elif len(now) != len(self._children):
@@ -91,7 +91,7 @@ class Listed:
         for (scope, keys, _), before in zip(self._attributes, self._values, strict=True):
             for key, was in zip(keys, before if len(keys) > 1 else (before,), strict=True):
                 if key not in scope or scope[key] != was:
-                    return Change(f"{key} of an expert", repr(was), repr(scope.get(key, "gone")))
+                    return Change(f"{key} of an expert", repr(was), repr(scope[key]) if key in scope else "gone")
         return None
 
     def say(self, what: str, was: str, now: str) -> Change:
@@ -135,20 +135,29 @@ class Listed:
 
     def wholes(self) -> dict[str, Whole] | None:
         """Every stacked tensor as it is now; None where the weights are not as many, as large and of one dtype any more."""
-        found = {}
+        found, alike = {}, set()
         for name in self.groups:
             parameters = self._parameters(name)
             buffer, places = self.joined.get(name, (None, None))
             if buffer is not None and _places_of(parameters) == places:
                 found[name] = Whole(buffer, parameters)
+                alike.add((buffer.dtype, buffer.device))
                 continue
-            self.joined.pop(name, None)  # nobody may need that memory any more
+            # Nobody may need that memory any more, unless something stands in the place of the parameters for one call (`functional_call`).
+            if not all(type(p) is Tensor for p in parameters):
+                self.joined.pop(name, None)
             if any(p is None or p.shape != self._shapes[name] for p in parameters):
+                return None
+            alike |= {(p.dtype, p.device) for p in parameters}
+            if len(alike) > 1:
                 return None
             with torch.no_grad():
                 found[name] = Whole(torch.stack(parameters), parameters)
-        alike = {(p.dtype, p.device) for whole in found.values() for p in whole.parameters}
         return found if len(alike) == 1 else None
+
+    def are_apart(self) -> bool:
+        """Whether each call copies weights together, because they do not lie where `join` puts them."""
+        return any(not all(p is not None and p.is_meta for p in self._parameters(name)) for name in self.groups if name not in self.joined)
 
     def _parameters(self, name: str) -> list[Any]:
         return [table.get("weight") for table in self.groups[name]]
@@ -255,10 +264,11 @@ class HostCounts:
         counts.index_add_(0, ids.clamp(-1, experts) % (experts + 1), counts.new_ones(1).expand(len(ids)))
         self._event = None
         if counts.is_cuda:
-            self._counts = torch.empty(experts + 1, dtype=torch.int32, pin_memory=True)
+            # The device of the ids need not be the current one, and the caller's default device is none that can be pinned.
+            self._counts = torch.empty(experts + 1, dtype=torch.int32, device="cpu", pin_memory=True)
             self._counts.copy_(counts, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(ids.device))
         else:
             self._counts = counts.cpu()
 

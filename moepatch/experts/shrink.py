@@ -49,11 +49,11 @@ def cut_later(x_RN: Tensor, ends: Tensor, ranks: int) -> None:
     _cut_known(stream)
     if ranks < WORTH or (x_RN.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    count = torch.empty(1, dtype=ends.dtype, pin_memory=x_RN.is_cuda).copy_(ends[-1:], non_blocking=True)
+    count = torch.empty(1, dtype=ends.dtype, device="cpu", pin_memory=x_RN.is_cuda).copy_(ends[-1:], non_blocking=True)
     arrived = None
     if x_RN.is_cuda:
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(x_RN.device))
     _waiting.append(_Waiting(StorageWeakRef(x_RN.untyped_storage()), x_RN.stride(0) * x_RN.element_size(), x_RN.shape[0], count, arrived, stream))
 
 

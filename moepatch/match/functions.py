@@ -19,7 +19,7 @@ _KEPT = (bool, int, float, list, dict, set, deque, Tensor)
 
 def functions_of(module: nn.Module) -> Iterator[FunctionType]:
     """The functions of a module's own classes, above those of torch."""
-    for cls in _classes_of(module):
+    for cls in classes_of(module):
         yield from (value for value in map(_unwrapped, vars(cls).values()) if isinstance(value, FunctionType))
 
 
@@ -51,7 +51,7 @@ def numbers_in(function: FunctionType) -> Iterator[int]:
 
 def kept_outside(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What the functions of a module could change beside the module: what they name, enclose and have for defaults, and what its classes have."""
-    for cls in _classes_of(module):
+    for cls in classes_of(module):
         yield from ((f"{cls.__name__}.{name}", value) for name, value in vars(cls).items() if isinstance(value, _KEPT))
     for function in reached_from(module):
         yield from ((name, value) for name, value in _enclosed(function) if isinstance(value, _KEPT))
@@ -60,7 +60,8 @@ def kept_outside(module: nn.Module) -> Iterator[tuple[str, Any]]:
         yield from ((f"a default of {function.__name__}", value) for value in function.__defaults__ or () if isinstance(value, _KEPT[3:]))
 
 
-def _classes_of(module: nn.Module) -> Iterator[type]:
+def classes_of(module: nn.Module) -> Iterator[type]:
+    """A module's own classes, above those of torch."""
     for cls in original_class(module).__mro__:
         if cls is nn.Module:
             break

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..stand_in import mentioned, names_in
-from .functions import functions_of
+from ..stand_in import names_in
+from .around import Same, around
 from .settled import forget_verdicts, identity, value_of
 
 _KEPT = 1024
 #: What transformers writes down in a config where it loads it.
 _ORIGIN = frozenset(("_name_or_path", "_commit_hash", "transformers_version"))
-#: By what is equal: a spec, and what the identities in the key belong to, so that nothing else gets them.
-_READINGS: OrderedDict[tuple, tuple[Any, list]] = OrderedDict()
+#: By what is equal: specs.
+_READINGS: OrderedDict[tuple, Any] = OrderedDict()
 _LOCK = threading.Lock()
 
 
@@ -37,16 +36,15 @@ def known(kind: str, module: nn.Module, read: Callable[..., Any], *args: Any, of
         read: a function of its arguments alone. A reason in words, which it may return, is not kept.
         of: what the result depends on beside the module, in the place of `args`.
     """
-    alive: list = []
-    key = _key(kind, module, read, tuple(of), alive)
+    key = _key(kind, module, read, tuple(of))
     with _LOCK:
         if key in _READINGS:
             _READINGS.move_to_end(key)
-            return _READINGS[key][0]
+            return _READINGS[key]
     reading = read(module, *args)
     if key is not None and not (reading is None or isinstance(reading, str) or isinstance(reading, tuple) and isinstance(reading[0], str)):
         with _LOCK:
-            _READINGS[key] = reading, alive
+            _READINGS[key] = reading
             while len(_READINGS) > _KEPT:
                 _READINGS.popitem(last=False)
     return reading
@@ -59,7 +57,7 @@ def forget() -> None:
     forget_verdicts()
 
 
-def _key(kind: str, module: nn.Module, read: Callable[..., Any], of: tuple, alive: list) -> tuple | None:
+def _key(kind: str, module: nn.Module, read: Callable[..., Any], of: tuple) -> tuple | None:
     """Equal for readings that are; None where that cannot be told."""
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return None  # somebody watches, or tensors are none
@@ -68,11 +66,8 @@ def _key(kind: str, module: nn.Module, read: Callable[..., Any], of: tuple, aliv
     of_configs = [value_of(_said(config), 5) for config in configs]
     if of_module is None or None in of_configs:
         return None
-    # A family's code may make tensors in the caller's dtype: `finfo` tells which.
-    circumstances = torch.finfo().dtype, torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), module.training
-    functions = [function for part in module.modules() for function in functions_of(part)]
-    alive += [*_meanings(functions), *(read.__globals__.get(name) for name in names_in(read.__code__))]
-    key = (kind, of, of_module, tuple(of_configs), circumstances, tuple(map(id, alive)))
+    named = tuple(Same(read.__globals__[name]) for name in names_in(read.__code__) if name in read.__globals__)
+    key = (kind, of, of_module, tuple(of_configs), module.training, named, around(module, configs))
     try:
         hash(key)
     except TypeError:
@@ -84,14 +79,3 @@ def _said(config: PreTrainedConfig) -> dict[str, Any]:
     """The values of a config, but for where it is from and for configs in it, which are asked themselves."""
     return {name: None if isinstance(value, PreTrainedConfig) else value for name, value in vars(config).items() if name not in _ORIGIN}
 
-
-def _meanings(functions: Iterable[FunctionType]) -> Iterator[Any]:
-    """All functions that some may call, their code, and what the names in it stand for."""
-    todo, seen = list(functions), set()
-    while todo:
-        function = todo.pop()
-        if id(function) in seen or not isinstance(function, FunctionType):
-            continue
-        seen.add(id(function))
-        yield from (function, function.__code__, *(function.__globals__.get(name) for name in names_in(function.__code__)))
-        todo += mentioned(function)

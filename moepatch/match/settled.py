@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..trial import Call
-from .functions import called_by, functions_of
+from .around import around
 from .witness import Objection, Witness
 
 _KEPT = 512
@@ -128,7 +128,7 @@ def _key(witness: Witness, kind: tuple, call: Call, configs: list[PreTrainedConf
         configs: gets those that are found.
     """
     trace, original = witness.trace(call), identity(witness.original, configs)
-    key = None if trace is None or original is None else (kind, original, trace)
+    key = None if trace is None or original is None else (kind, original, trace, around(witness.original))
     try:
         hash(key)
     except TypeError:
@@ -137,7 +137,7 @@ def _key(witness: Witness, kind: tuple, call: Call, configs: list[PreTrainedConf
 
 
 def identity(module: nn.Module, configs: list[PreTrainedConfig], indexed: bool = False) -> tuple | None:
-    """Classes, their functions and what these call by name, attributes, shapes, and the same of children; None for what cannot be compared.
+    """Classes, attributes, shapes, and the same of children; None for what cannot be compared. What is outside of the module, `around` tells.
 
     Args:
         configs: gets those that are found; each stands for its number among them.
@@ -151,7 +151,6 @@ def identity(module: nn.Module, configs: list[PreTrainedConfig], indexed: bool =
         if found is None:
             return None
         attributes.append((name, found))
-    functions = tuple(function for part in functions_of(module) for function in (part, part.__code__, *called_by(part)))
     children = tuple((name, None if child is None else identity(child, configs, indexed)) for name, child in module._modules.items())
     if any(child is None for name, child in children if module._modules[name] is not None):
         return None
@@ -160,7 +159,7 @@ def identity(module: nn.Module, configs: list[PreTrainedConfig], indexed: bool =
         for tensors in (module._parameters, module._buffers)
         for name, t in tensors.items()
     )
-    return type(module), functions, tuple(attributes), shapes, children
+    return type(module), tuple(attributes), shapes, children
 
 
 def _number(config: PreTrainedConfig, configs: list[PreTrainedConfig]) -> int:

@@ -98,6 +98,9 @@ def per_number(scales: Tensor, shape: tuple[int, int], block: tuple[int, int] | 
     transformers' conversion wants as many numbers in each block. Some checkpoints end in a block that is not full (576 rows in blocks of 128):
     then, and where only some rows are read, the scales are repeated for each of them.
 
+    Raises:
+        ValueError: which number has which scale cannot be told.
+
     >>> per_number(torch.tensor([[1.0], [2.0]]), (3, 4), (2, 4)).tolist()
     [[1.0], [1.0], [2.0]]
     """
@@ -105,7 +108,11 @@ def per_number(scales: Tensor, shape: tuple[int, int], block: tuple[int, int] | 
         return scales
     numbers = scales.view(torch.uint8) if scales.element_size() == 1 else scales
     for axis, (size, count) in enumerate(zip(shape, scales.shape, strict=True)):
-        each = block[axis] if block is not None and -(-size // block[axis]) == count else -(-size // count)
+        fits = block is not None and -(-size // block[axis]) == count
+        if not fits and size % count:
+            said = "no block size is given" if block is None else f"the blocks are said to have {block[axis]}"
+            raise ValueError(f"{count} scales along an axis of {size} numbers do not tell which is whose ({said})")
+        each = block[axis] if fits else size // count
         if count == 1 or (size == each * count and (axis == 1 or rows is None)):
             continue
         numbers = numbers.repeat_interleave(each, axis).narrow(axis, 0, size)

@@ -28,6 +28,8 @@ MOST_LEFT, MOST_NAMES_LEFT, MOST_NAMES = 10, 2, 4
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 #: Reasons that differ from backend to backend in how they are put. What exactly is missing is said in the table of backends and in JSON.
 _SAME = ((re.compile("not installed"), "not installed"), (re.compile(r"(CUDA|NVIDIA)( GPUs?)?(, this is \w+)?$"), "needs a GPU"))
+#: The number of an element in a name.
+_PLACE = re.compile(r"\b\d+(?=\.[A-Za-z_])")
 
 
 def collapse(fqns: Iterable[str]) -> list[str]:
@@ -211,12 +213,26 @@ def gathered(refusals: Iterable[Refusal]) -> list[tuple[Refusal, tuple[str, ...]
 
 
 def changed(found: Mapping[str, Iterable[tuple[str, str]]]) -> list[str]:
-    """What is, or was for a time, not as it was at the patch, and what came of it, by module: once for all modules of which the same is to say."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    """What is, or was for a time, not as it was at the patch, and what came of it, by module: once for all modules of which the same is to say,
+    and once for all elements of a list."""
+    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     for fqn, changes in found.items():
-        for change in changes:
-            groups.setdefault(change, []).append(fqn)
-    return [f"{', '.join(few(fqns, 3))}: {text}, so {what}" for (text, what), fqns in groups.items()]
+        for text, what in changes:
+            groups.setdefault((_PLACE.sub("…", text, count=1), what), {}).setdefault(text, []).append(fqn)
+    lines = []
+    for (_, what), of_text in groups.items():
+        fqns = list(dict.fromkeys(fqn for some in of_text.values() for fqn in some))
+        others = f" (and the same of {len(of_text) - 1} more)" if len(of_text) > 1 else ""
+        lines.append(f"{', '.join(few(fqns, 3))}: {next(iter(of_text))}{others}, so {what}")
+    return lines
+
+
+def apart(fqns: list[str]) -> list[str]:
+    """What to know of lists of experts whose weights do not lie beside each other (any more)."""
+    if not fqns:
+        return []
+    why = "the weights of the experts lie apart (somebody has moved or replaced some), so each call copies them together, and is slower"
+    return [f"{', '.join(few(fqns, 3))}: {why}; model.to(model.device) puts those that are nobody else's side by side again"]
 
 
 def outcome(still: bool, followed: bool) -> str:
