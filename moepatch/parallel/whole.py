@@ -79,4 +79,4 @@ def _made(recipe, twin: PreTrainedModel, shapes: dict[str, Tensor]) -> dict[str,
     try:
         return recipe.convert(twin, shapes)
     except (RuntimeError, IndexError, ValueError):
-        return {recipe.name: torch.empty(0, device="meta")}
+        return {recipe.name: torch.empty(0, dtype=torch.float32, device="meta")}
