@@ -174,7 +174,8 @@ def test_a_pickle_is_an_ordinary_model_without_moepatch_and_a_patched_one_with_i
     for twin in (pickle.loads((tmp_path / "pickled").read_bytes()), torch.load(tmp_path / "saved", weights_only=False), copy.deepcopy(patched)):
         assert [type(m) for m in twin.modules()] == [type(m) for m in patched.modules()] and repr(twin) == repr(patched)
         assert compare.error(twin(IDS).logits.detach(), patched(IDS).logits.detach()) < 1e-6
-        weights = [[w.weight for name, w in m.named_modules() if name.endswith(("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"))] for m in (patched, twin)]
+        names = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj")
+        weights = [[w.weight for name, w in m.named_modules() if name.endswith(names)] for m in (patched, twin)]
         assert all((adjacent(*w) is None) == (adjacent(*weights[0]) is None) for w in weights if w)
         assert twin.config is twin.model.config and twin.config is not patched.config
         moepatch.restore(twin)
