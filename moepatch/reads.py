@@ -130,10 +130,11 @@ def read_off(code: CodeType) -> Mapping[str, frozenset[str]]:
             holder = name
         elif step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_NAME", "LOAD_GLOBAL")):
             holder = name
-        elif step.opname.startswith("STORE_FAST") and isinstance(step.argval, str):
+        elif step.opname.startswith("STORE_FAST"):
+            stored = step.argval[0] if isinstance(step.argval, tuple) else step.argval
             if holder is not None:
-                also[name] = also.get(holder, holder)
-            holder = None
+                also[stored] = also.get(holder, holder)
+            holder = name if step.opname.endswith("LOAD_FAST") else None  # one step for both, from Python 3.13 on
         elif step.opname in ("LOAD_CONST", "RETURN_CONST") and isinstance(name, str) and holder is not None:
             found.setdefault(also.get(holder, holder), set()).add(name)
             holder = None

@@ -324,9 +324,8 @@ def _differs_in_graph(owner: Any, kind: str, path: str, via: Any, name: str, val
         now = now if name in owner.__dict__ else Absent
     else:
         now = getattr(owner, name, Absent)
-    if type(value) in PLAIN or isinstance(value, _CONTAINERS):
-        return now != value
-    return now is not value
+    by_value = isinstance(value, (*PLAIN, *_CONTAINERS, tuple)) and not isinstance(value, _Named)
+    return now != value if by_value else now is not value
 
 
 class Answered:
