@@ -199,8 +199,8 @@ class _Unnamed(type):
         return super().__instancecheck__(instance) or ("_moepatch_parts" in vars(cls) and isinstance(instance, _parts(cls)[1]))
 
     def __subclasscheck__(cls, other: type) -> bool:
-        # By the bases alone: an abstract class underneath would ask its subclasses, of which this is one.
-        return super().__subclasscheck__(other) or ("_moepatch_parts" in vars(cls) and _parts(cls)[1] in other.__mro__)
+        # Not ``issubclass``: an abstract class asks all its subclasses, and so this one.
+        return super().__subclasscheck__(other) or ("_moepatch_parts" in vars(cls) and type.__subclasscheck__(_parts(cls)[1], other))
 
 
 def patched_class(mixin: type[Patched], base: type[nn.Module]) -> type[nn.Module]:

@@ -16,8 +16,8 @@ from interpreter import needs_triton, passes_in_the_interpreter
 from torch import nn
 from torch.nn import functional as F
 
-from moepatch.errors import MoePatchError
 from moepatch import trial
+from moepatch.errors import MoePatchError
 from moepatch.experts.activation import FORMULAS, Activation
 from moepatch.kernels import gated, gated_formulas
 from moepatch.layers.mlp import MLP, MlpState, PatchedMlp

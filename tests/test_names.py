@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 import inspect
@@ -32,7 +33,7 @@ from transformers import AutoModelForCausalLM, trainer_pt_utils
 import moepatch
 from moepatch.layers.attention.function import _FUNCTIONS
 from moepatch.layout.adjacent import adjacent
-from moepatch.surgery import original_of
+from moepatch.surgery import Patched, original_of, patched_class
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
 
@@ -100,6 +101,21 @@ def test_layers_of_one_class_are_one_class_though_not_all_are_patched():
     first, second = model.model.layers
     assert type(first) is not type(second) and isinstance(second, type(first)) and issubclass(type(second), type(first))
     assert not isinstance(model, type(first)) and not isinstance(first.self_attn, type(first))
+
+
+def test_abstract_classes_ask_their_subclasses():
+    """Among them is the patched one, which asks the class underneath: such as peft's wrappers of experts' parameters on a mesh."""
+
+    class Abstract(torch.nn.Module, abc.ABC):
+        pass
+
+    class Layer(Abstract):
+        pass
+
+    cls = patched_class(type("Mixin", (Patched,), {}), Layer)
+    unknown = type("Unknown", (torch.nn.Module,), {})
+    assert not issubclass(unknown, Abstract) and not isinstance(unknown(), Layer) and not isinstance(unknown(), cls)
+    assert issubclass(cls, Abstract) and issubclass(Layer, cls) and isinstance(Layer(), cls)
 
 
 def test_device_maps_split_where_plains_do(both):

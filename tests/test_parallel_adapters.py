@@ -12,6 +12,7 @@ from test_parallel import batch, check_gradients, mesh_of, whole
 from test_parallel_training import lora
 
 import moepatch
+from moepatch.parallel.reads import passes_of
 
 pytest.importorskip("peft")
 
@@ -56,6 +57,45 @@ def test_adapters_on_experts_that_are_spread(dims, recompute):
     on_ranks(torch.Size(dims.values()).numel(), experts_adapted, dims, recompute)
 
 
+def broken_off(model, rank):
+    """A backward pass that ends with an error after it has come to an adapter, as one without memory does."""
+
+    def fail(parameter):
+        raise RuntimeError("no memory")
+
+    handles = [p.register_post_accumulate_grad_hook(fail) for p in model.parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match="no memory"):
+        zoo.loss(model(**batch("qwen3_moe", model, rank))).backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+
+
+def others(model, rank):
+    """Another adapter of another dtype, while the first is there and rests, and when it is gone."""
+    from peft import LoraConfig
+
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["embed_tokens"]))
+    for key, p in model.named_parameters():
+        if ".second." in key:
+            p.data = p.data.bfloat16()
+    model.set_adapter("second")
+    for _ in range(2):
+        model.zero_grad()
+        zoo.loss(model(**batch("qwen3_moe", model, rank))).backward()
+        second = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        assert len(second) == 2 and any(p.grad.any() for p in second.values())
+        for p in second.values():
+            everyones = [torch.empty_like(p.grad) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyones, p.grad)
+            assert all(torch.equal(one, p.grad) for one in everyones)
+        if "default" in model.peft_config:
+            model.delete_adapter("default")
+            model.set_adapter("second")
+    passes_of(model).late.look()
+    assert {id(p) for p in passes_of(model).late.parameters} == {id(p) for p in second.values()}
+
+
 def late(dims):
     """Adapters that come after `optimize`: equal on all ranks from the first pass on, and so are their gradients; or words."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -74,10 +114,16 @@ def late(dims):
     for step in (0, 1):  # added up
         zoo.loss(model(**batch("qwen3_moe", model, rank + 10 * step))).backward()
         check_gradients(model, grads[step])
+    broken_off(model, rank)
+    for step in (0, 1):
+        zoo.loss(model(**batch("qwen3_moe", model, rank + 10 * step))).backward()
+    check_gradients(model, grads[1])
     torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1).step()
     torch.optim.SGD(truth.parameters(), lr=0.1).step()
     for key in grads[1]:
         assert compare.error(whole(model.get_parameter(key)), truth.get_parameter(key)) <= 1e-5, key
+
+    others(model, rank)
 
     sized = lora(moepatch.optimize(zoo.build("qwen3_moe"), mesh_of(dims), verify=False), target_modules=["q_proj"])
     with pytest.raises(moepatch.MoePatchError, match="q_proj.*outputs and the layer.*Put adapters on first"):

@@ -65,8 +65,8 @@ class Late:
             if adapts_a_parameter(module) and not isinstance(module, ShardedParamWrapper) and isinstance(module.get_base_layer(), PatchedShardedExperts):
                 self._take_wrapper(module)
         known, whole = set(map(id, self.parameters)), gathered(self.model)
-        named = nn.Module.named_parameters(self.model)
-        new = [p for _, p in named if p.requires_grad and not isinstance(p, DTensor) and id(p) not in known and id(p) not in whole]
+        own = [p for _, p in nn.Module.named_parameters(self.model)]
+        new = [p for p in own if p.requires_grad and not isinstance(p, DTensor) and id(p) not in known and id(p) not in whole]
         for parameter in new:
             with torch.no_grad():
                 for dim in reversed(range(self.mesh.ndim)):
@@ -74,7 +74,12 @@ class Late:
                     dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group)
             self.handles.append(parameter.register_post_accumulate_grad_hook(self._see))
             setattr(parameter, _OF_TRAINER, True)
-        self.parameters += new
+        here = set(map(id, own))
+        self.parameters = [p for p in self.parameters if id(p) in here] + new  # an adapter may have been deleted
+
+    def begin(self) -> None:
+        """To be called outside of a backward pass: one that broke off never comes to its end, and the next one has to."""
+        self.queued = False
 
     def _check_sizes(self) -> None:
         for name, module in self.model.named_modules():
@@ -106,8 +111,9 @@ class Late:
     def _average(self) -> None:
         """At the end of a backward pass. What ranks have added up before is equal on all, and stays what it is."""
         self.queued = False
-        for dtype in dict.fromkeys(p.dtype for p in self.parameters):
-            parameters = [p for p in self.parameters if p.dtype == dtype and p.requires_grad]
+        trained = [p for p in self.parameters if p.requires_grad]
+        for dtype in dict.fromkeys(p.dtype for p in trained):
+            parameters = [p for p in trained if p.dtype == dtype]
             flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
             for dim in range(self.mesh.ndim):
                 dist.all_reduce(flat, group=self.mesh.get_group(dim))

@@ -99,6 +99,7 @@ class Passes:
             self.running = True
             return
         root = self.prepare()
+        self.late.begin()
         if self.looked_at:
             self.looked_at = False
             self.late.look()
