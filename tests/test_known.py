@@ -86,6 +86,27 @@ def test_of_a_config_what_is_asked_counts(verdicts):
     assert not taken(module)
 
 
+class Own(Mlp):
+    """One with settings of its own, where others of a model have theirs."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.own = types.SimpleNamespace(number=number)
+
+    def forward(self, x):
+        return super().forward(x) * self.own.number
+
+
+@pytest.mark.parametrize(
+    "made", [lambda n: Mlp(factor=n), lambda n: Mlp(limits={"most": n}), Own], ids=["a config", "a dict in a config", "an object"]
+)
+def test_layers_of_a_model_have_settings_of_their_own(made):
+    model = nn.ModuleList([made(1.0), made(1.0), made(2.0)])
+    scan, memo = Scan(model), {}
+    mlp = next(m for m in registry.matchers() if m.name == "mlp")
+    assert [isinstance(mlp.match(scan.of(module), scan, memo), Site) for module in model] == [True, True, False]
+
+
 def test_the_config_is_as_it_was(verdicts):
     module = Mlp()
     config, before = module.config, dict(vars(module.config))

@@ -328,6 +328,11 @@ def _tie(block):
     block.experts[3].w1.weight = block.experts[0].w1.weight
 
 
+def _flagged(block):
+    for expert in block.experts:
+        expert.register_buffer("flag", torch.tensor(True))
+
+
 def _same_memory(block):
     block.experts[3].w1.weight.data = block.experts[0].w1.weight.data
 
@@ -335,6 +340,7 @@ def _same_memory(block):
 #: What is done to the first layer's block, and words of the refusal; None: it is patched all the same.
 FORMS = {
     "buffers": (_buffered, None),
+    "flags in buffers": (_flagged, "its experts have a buffer that may decide what they compute (experts.0.flag)"),
     "a dropout of 0": (lambda block: _dropping(block, 0.0), None),
     "two indices, one expert": (lambda block: block.experts.__setitem__(3, block.experts[1]), "experts 1 and 3 of experts are one module"),
     "two experts, one weight": (_tie, "experts.0.w1.weight and experts.3.w1.weight are one parameter"),

@@ -79,6 +79,9 @@ def _why_no_form(block: nn.Module, children: dict[str, nn.Module], lists: list[s
     drops = next((f"{name}, p={m.p}" for name, m in block.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0), None)
     if drops is not None:
         return f"it drops numbers out in training ({drops})"
+    whole = next((name for name, b in children[lists[0]].named_buffers() if not b.is_floating_point()), None)
+    if whole is not None:  # a trial has others, and nobody would notice when they change
+        return f"its experts have a buffer that may decide what they compute ({lists[0]}.{whole})"
     if len({fingerprint(expert) for expert in experts}) > 1:
         return in_the_way(experts) or hung or f"its experts {lists[0]} are not all alike"
     return hung

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .. import trial
 from ..experts.activation import FORMULAS, Activation, split_gate
@@ -19,13 +21,16 @@ from ..kind import Kind
 from ..kinds import KINDS
 from ..layout.experts import ExpertsLayout
 from ..replica import random_fill, replica
-from .settled import settled
+from ..stand_in import CLOSED
+from .settled import settled, value_of
 from .witness import Objection, Witness, regimes, words_of
 
 #: Tokens of a call with all experts.
 _MANY = 1000
 #: Numbers of a tensor that are compared one by one.
 _FEW = 4096
+#: Whose objects on a module say nothing of what its family's forward computes.
+_OTHERS = CLOSED | {"accelerate", "deepspeed", "peft"}
 #: Where a limit shows that no attribute tells.
 _FAR = (-1000.0, -100.0, 0.0, 1.0, 100.0, 1000.0)
 
@@ -130,8 +135,9 @@ def finite_numbers(module: nn.Module) -> list[float]:
 
 
 def fingerprint(module: nn.Module) -> tuple:
-    """Equal for modules that behave equally but for their weights: class, plain attributes, shapes, children."""
-    plain = tuple((k, _value(v)) for k, v in sorted(vars(module).items()) if _is_plain(v) or not k.startswith("_") and _has_numbers(v))
+    """Equal for modules that behave equally but for their weights: class, attributes, shapes, children."""
+    own = sorted(vars(module).items())
+    plain = tuple((k, _value(v)) for k, v in own if _is_plain(v) or not k.startswith("_") and _has_numbers(v) or _is_record(v))
     shapes = tuple((name, None if p is None else tuple(p.shape)) for name, p in module._parameters.items())
     children = tuple((name, None if child is None else fingerprint(child)) for name, child in module._modules.items())
     return type(module), plain, shapes, children
@@ -146,8 +152,17 @@ def _has_numbers(value) -> bool:
     return isinstance(value, (Tensor, tuple, list, dict))
 
 
+def _is_record(value) -> bool:
+    """Whether it is an object with attributes that a forward may read: a configuration, or something of the family's own."""
+    if callable(value) or isinstance(value, (Tensor, nn.Module, Mapping, list, tuple, set)) or not hasattr(value, "__dict__"):
+        return False
+    return isinstance(value, SimpleNamespace) or type(value).__module__.partition(".")[0] not in _OTHERS
+
+
 def _value(value):
     """What is equal for equal values."""
+    if _is_record(value):  # of configurations a model has one or a few, and to compare them number by number takes long
+        return id(value) if isinstance(value, PreTrainedConfig) else value_of(value, 2) or id(value)
     if isinstance(value, Tensor):
         known = value.device.type != "meta" and value.numel() <= _FEW
         return tuple(value.shape), value.dtype, tuple(value.flatten().tolist()) if known else id(value)
