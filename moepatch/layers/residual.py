@@ -222,11 +222,7 @@ def _add(norm: nn.Module, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tenso
 
 def _runs_own_kernel(norm: nn.Module) -> bool:
     """Whether calling the norm would do nothing but run the own kernel."""
-    return (
-        isinstance(norm, PatchedNorm)
-        and norm._moepatch.backend == "triton"
-        and is_bare(norm)
-    )
+    return isinstance(norm, PatchedNorm) and norm._moepatch.backend == "triton" and is_bare(norm)
 
 
 def _inject(spec, backend, implementation):

@@ -156,9 +156,17 @@ class _Walk:
         return [(str(key), self._meaning(item, depth - 1)) for key, item in items]
 
     def _of_tensor(self, value: Tensor) -> Any:
-        if value.is_meta or value.numel() > _MOST_ITEMS:
+        numbers = numbers_of(value, _MOST_ITEMS)
+        if numbers is None:
             return Same(value), None if value.is_inference() else value._version
-        return type(value), tuple(value.shape), value.dtype, repr(value.tolist())
+        return type(value), repr(numbers)  # in words, NaN equals itself
+
+
+def numbers_of(value: Tensor, most: int) -> tuple | None:
+    """Shape, dtype and numbers of a small tensor; None where they cannot be had for nothing: many, on the meta device, sharded, packed."""
+    if value.is_meta or value.numel() > most or type(value) not in (Tensor, nn.Parameter):
+        return None
+    return tuple(value.shape), value.dtype, tuple(value.flatten().tolist())
 
 
 def _attributes(value: Any) -> dict[str, Any]:

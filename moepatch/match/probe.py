@@ -22,6 +22,7 @@ from ..kinds import KINDS
 from ..layout.experts import ExpertsLayout
 from ..replica import random_fill, replica
 from ..stand_in import CLOSED
+from .around import numbers_of
 from .settled import settled, value_of
 from .witness import Objection, Witness, regimes, words_of
 
@@ -164,6 +165,5 @@ def _value(value):
     if _is_record(value):  # of configurations a model has one or a few, and to compare them number by number takes long
         return id(value) if isinstance(value, PreTrainedConfig) else value_of(value, 2) or id(value)
     if isinstance(value, Tensor):
-        known = value.device.type != "meta" and value.numel() <= _FEW
-        return tuple(value.shape), value.dtype, tuple(value.flatten().tolist()) if known else id(value)
+        return numbers_of(value, _FEW) or (tuple(value.shape), value.dtype, id(value))
     return value if isinstance(value, (int, float, str, bool)) else repr(value)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..trial import Call
-from .around import around
+from .around import around, numbers_of
 from .witness import Objection, Witness
 
 _KEPT = 512
@@ -178,7 +178,7 @@ def value_of(value: Any, depth: int) -> tuple | None:
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, Tensor):
-        return None if value.is_meta or value.numel() > 64 else (tuple(value.shape), value.dtype, tuple(value.flatten().tolist()))
+        return numbers_of(value, 64)
     if isinstance(value, BuiltinFunctionType) or isinstance(value, FunctionType) and value.__closure__ is None or isinstance(value, type):
         return (value,)
     if isinstance(value, (list, tuple)):
