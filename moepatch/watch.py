@@ -192,6 +192,11 @@ class Watch:
         shape = next((other.value for other in self.entries if other.path == path and other.name == "weight" and other.kind == "shape"), None)
         return shape is not None and getattr(getattr(child, "weight", None), "shape", None) == shape
 
+    def _chosen(self, module: nn.Module, entry: Entry) -> dict[str, Any]:
+        """Where a choice lies; nowhere, if the child has been wrapped or exchanged."""
+        owner = self._owner(module, entry.path)
+        return {} if owner is None else _SCOPES["choice"](owner, entry.via)
+
     def _bind(self, module: nn.Module) -> _Bound:
         question, found = _Question(), []
         for entry in self.entries:
@@ -233,7 +238,7 @@ class Watch:
         entries = []
         for entry in self.entries:
             if entry.kind == "choice" and isinstance(entry.value, tuple):
-                scope = _SCOPES["choice"](self._owner(module, entry.path), entry.via)
+                scope = self._chosen(module, entry)
                 if (scope.get(entry.name),) == entry.value:
                     scope[entry.name] = marked(scope[entry.name])
                     entry = entry._replace(value=scope[entry.name])
@@ -259,7 +264,7 @@ class Watch:
         kept = []
         module = self._bound and self._bound.module
         for entry in self.entries:
-            if entry.kind == "choice" and (module is None or _SCOPES["choice"](self._owner(module, entry.path), entry.via).get(entry.name) is entry.value):
+            if entry.kind == "choice" and (module is None or self._chosen(module, entry).get(entry.name) is entry.value):
                 kept.append(entry._replace(value=(entry.value,)))  # which object it is a pickle does not say
             elif entry.kind == "global":
                 kept.append(entry._replace(via=entry.via.__name__, value=_named(entry.value)))
@@ -390,7 +395,8 @@ def _change(entry: Entry, now: Any) -> Change:
     if entry.kind == "hooks":
         return Change(entry.path, "without hooks", "hooked")
     if entry.kind == "choice":
-        return Change(f"{entry.via}._experts_implementation", "not set", f"{now!r} by choice")
+        was = entry.value[0] if isinstance(entry.value, tuple) else entry.value
+        return Change(f"{entry.via}._experts_implementation", repr(was), f"{now!r} by choice")
     if entry.kind == "shape":
         return Change(f"the shape of {entry.words}", str(list(entry.value)), str(list(now)))
     return Change(entry.words, *(_in_words(value) for value in (entry.value, now)))
