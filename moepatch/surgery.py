@@ -104,6 +104,8 @@ class Patched:
         """Is called of a deep copy, and of what was unpickled, when it has its state."""
 
     def __reduce_ex__(self, protocol):
+        if self._moepatch_watch is not None:
+            self._moepatch_watch.changed(self)  # it says of what is as it was at the patch where to find it
         # Where something was put over the patch (``fully_shard``), that one's way of pickling is asked, or its refusal given.
         return reduced(self, _parts(type(self))) if "_moepatch_parts" in vars(type(self)) else super().__reduce_ex__(protocol)
 

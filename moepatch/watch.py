@@ -15,7 +15,7 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ from .reads import PLAIN, Reads, family_classes, reads_of, reads_of_function
 
 class Absent:
     """Stands for what is not there. The class itself is used: it is the same one in every process."""
+
+
+class Loaded:
+    """Stands in a pickle for the object that the module of the same pickle has."""
 
 
 class Followed:
@@ -39,6 +43,8 @@ EXPERTS_CHOICE = "_experts_implementation_internal"
 #: What every module has.
 _MODULES_OWN = frozenset(vars(nn.Module())) | {"_moepatch", "_moepatch_watch"}
 _MOST_ITEMS = 64
+#: What a pickle says by name or value, or has once for a module and its watch.
+_SAID = (*PLAIN, list, dict, set, tuple, type, FunctionType, BuiltinFunctionType, nn.Module, torch.Tensor)
 #: What may change and stay the same object.
 _CONTAINERS = (list, dict, set)
 
@@ -192,6 +198,16 @@ class Watch:
         shape = next((other.value for other in self.entries if other.path == path and other.name == "weight" and other.kind == "shape"), None)
         return shape is not None and getattr(getattr(child, "weight", None), "shape", None) == shape
 
+    def _has(self, module: nn.Module | None, entry: Entry) -> bool:
+        """Whether an attribute still is the object that it was."""
+        owner = None if module is None else self._owner(module, entry.path)
+        return owner is not None and vars(owner).get(entry.name) is entry.value
+
+    def _chosen(self, module: nn.Module, entry: Entry) -> dict[str, Any]:
+        """Where a choice lies; nowhere, if the child has been wrapped or exchanged."""
+        owner = self._owner(module, entry.path)
+        return {} if owner is None else _SCOPES["choice"](owner, entry.via)
+
     def _bind(self, module: nn.Module) -> _Bound:
         question, found = _Question(), []
         for entry in self.entries:
@@ -232,8 +248,10 @@ class Watch:
         """After a pickle: what a configuration says now is what it said at the patch, if it is equal; which string object it was no pickle says."""
         entries = []
         for entry in self.entries:
+            if entry.value is Loaded and (owner := self._owner(module, entry.path)) is not None:
+                entry = entry._replace(value=vars(owner).get(entry.name, Absent))
             if entry.kind == "choice" and isinstance(entry.value, tuple):
-                scope = _SCOPES["choice"](self._owner(module, entry.path), entry.via)
+                scope = self._chosen(module, entry)
                 if (scope.get(entry.name),) == entry.value:
                     scope[entry.name] = marked(scope[entry.name])
                     entry = entry._replace(value=scope[entry.name])
@@ -259,8 +277,10 @@ class Watch:
         kept = []
         module = self._bound and self._bound.module
         for entry in self.entries:
-            if entry.kind == "choice" and (module is None or _SCOPES["choice"](self._owner(module, entry.path), entry.via).get(entry.name) is entry.value):
+            if entry.kind == "choice" and (module is None or self._chosen(module, entry).get(entry.name) is entry.value):
                 kept.append(entry._replace(value=(entry.value,)))  # which object it is a pickle does not say
+            elif entry.kind == "attribute" and not isinstance(entry.value, _SAID) and self._has(module, entry):
+                kept.append(entry._replace(value=Loaded))
             elif entry.kind == "global":
                 kept.append(entry._replace(via=entry.via.__name__, value=_named(entry.value)))
             elif entry.kind in ("registered", "registry"):
@@ -390,7 +410,8 @@ def _change(entry: Entry, now: Any) -> Change:
     if entry.kind == "hooks":
         return Change(entry.path, "without hooks", "hooked")
     if entry.kind == "choice":
-        return Change(f"{entry.via}._experts_implementation", "not set", f"{now!r} by choice")
+        was = entry.value[0] if isinstance(entry.value, tuple) else entry.value
+        return Change(f"{entry.via}._experts_implementation", repr(was), f"{now!r} by choice")
     if entry.kind == "shape":
         return Change(f"the shape of {entry.words}", str(list(entry.value)), str(list(now)))
     return Change(entry.words, *(_in_words(value) for value in (entry.value, now)))

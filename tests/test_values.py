@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -16,6 +17,7 @@ import torch
 import zoo
 from torch import nn
 from transformers import AttentionInterface
+from transformers.activations import GELUTanh
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_file
 
@@ -604,3 +606,18 @@ def test_what_was_replaced_before_a_pickle_is_loaded_counts(pairs, row, monkeypa
         again = pickle.loads(pickle.dumps(pickle.loads(written)))
         assert alike("qwen3_moe", plain, again)
     assert alike("qwen3_moe", plain, again) and not any(module.changes() for module in again.modules() if isinstance(module, Patched))
+
+
+def test_a_function_that_is_an_object_stays_the_same_one_in_copies_and_pickles():
+    plain = zoo.build("qwen3_moe").train()
+    for experts in named("mlp.experts")(plain):
+        experts.act_fn = GELUTanh()
+    patched = moepatch.optimize(copy.deepcopy(plain), verify=False, measure=False)
+    for twin in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched)), pickle.loads(pickle.dumps(copy.deepcopy(patched)))):
+        assert not any(module.changes() for module in twin.modules() if isinstance(module, Patched))
+        for model in (plain, twin):
+            named("act_fn")(model)[0].act = functools.partial(nn.functional.gelu, approximate="none")
+        assert alike("qwen3_moe", plain, twin) and named("mlp.experts")(twin)[0].changes()
+        again = pickle.loads(pickle.dumps(twin))
+        assert alike("qwen3_moe", plain, again) and named("mlp.experts")(again)[0].changes()
+        named("act_fn")(plain)[0].act = named("act_fn")(plain)[1].act
