@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from .dispatch.base import Dispatcher
 from .errors import LeftAlone, MoePatchError, NothingMatched, PlanMismatch
 from .experts.expert_list import PatchedExpertList
 from .experts.listed import HELD
-from .frameworks import called, shadowed
+from .frameworks import called, own_forwards, shadowed
 from .kinds import KINDS
 from .layers.attention.sight import choices
 from .layout.adjacent import Adjacent
@@ -48,6 +48,7 @@ class _Patch(OnOthers):
     report: Report
     journal: Journal
     mesh: DeviceMesh | None = None
+    forwards: dict[str, Any] = field(default_factory=dict)  #: that instances had of their own before it
 
     def copied(self) -> None:
         """Weights that the copy of the model has apart lie together again."""
@@ -125,6 +126,7 @@ def optimize(
     seconds: dict[str, float] = {}
     with together("optimize()", mesh), timed(seconds, "plan"):
         chosen = _checked_plan(model, mesh, plan, optimizer, dense, numerics, measure, overrides)
+    forwards = own_forwards(model)
     if mesh is not None:
         mesh = in_order(mesh)
     if mesh is not None and measure:
@@ -139,7 +141,7 @@ def optimize(
             model.__dict__.pop("_moepatch_patch", None)
             return
         made = Report(done.plan, done.verified, _notes(done, verify, moved, alone), seconds, tuple(layer_graphs(done.journal.steps)))
-        model.__dict__["_moepatch_patch"] = _Patch(made, done.journal, mesh)
+        model.__dict__["_moepatch_patch"] = _Patch(made, done.journal, mesh, forwards)
 
     carry_out(model, chosen, mesh, moved, verify, fsdp, compile, seconds, record, accept)
     return model
@@ -204,7 +206,7 @@ def restore(model: Model) -> Model:
         reason = why_not_whole(model) if patch.mesh is not None else None
         if reason is not None:
             raise MoePatchError(f"restore() gathers the model on every rank, but {reason}. Save it with save_pretrained instead.")
-    name = shadowed(model)
+    name = shadowed(model, patch.forwards)
     if name is not None:
         raise MoePatchError(
             f"{name}: something has replaced its forward on the instance since the patch, and would go on calling the patched one. Undo that first "

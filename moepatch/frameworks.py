@@ -5,7 +5,7 @@ Nothing here imports them. What they do after the patch is theirs: a module that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -56,9 +56,19 @@ def _why(module: nn.Module, tensor: Tensor) -> tuple[str, str] | None:
     return None
 
 
-def shadowed(model: nn.Module) -> str | None:
-    """The name of a patched module whose forward somebody has replaced on the instance since, around the patched one; None if there is none."""
-    return next((name or "the model" for name, m in model.named_modules() if isinstance(m, Patched) and is_shadowed(m)), None)
+def own_forwards(model: nn.Module) -> dict[str, Any]:
+    """The forwards that instances have of their own, by the module's name."""
+    return {name: vars(m)["forward"] for name, m in model.named_modules() if is_shadowed(m)}
+
+
+def shadowed(model: nn.Module, before: Mapping[str, Any]) -> str | None:
+    """The name of a patched module whose forward somebody has replaced on the instance since, around the patched one; None if there is none.
+
+    Args:
+        before: `own_forwards` of the model when it was patched: those go around what was there.
+    """
+    found = own_forwards(model).items()
+    return next((name or "the model" for name, f in found if isinstance(model.get_submodule(name), Patched) and before.get(name) is not f), None)
 
 
 def called(model: nn.Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import types
 
 import accelerate
 import pytest
@@ -196,3 +197,19 @@ def test_hooks_for_all_modules_see_the_modules_that_the_family_calls():
         seen.append(calls)
     missed = {name for name in seen[0] - seen[1] if next(model.get_submodule(name).parameters(), None) is not None}
     assert not missed, missed
+
+
+def test_a_forward_of_its_own_that_a_model_had_before_stays():
+    """It goes around what was there, and restoring takes nothing from it. One that came since would go on calling what was patched."""
+    model = zoo.build("qwen3_moe")
+    inner, calls = type(model).forward, []
+    own = types.MethodType(lambda self, **kwargs: calls.append(1) or inner(self, **kwargs), model)
+    model.forward = own
+    batch = zoo.inputs("qwen3_moe", model)
+    wanted = model(**batch).logits
+    moepatch.restore(moepatch.optimize(model, verify=False, measure=False))
+    assert model.forward is own and torch.equal(model(**batch).logits, wanted) and len(calls) == 2
+    moepatch.optimize(model, verify=False, measure=False)
+    model.forward = types.MethodType(lambda self, **kwargs: own(**kwargs), model)
+    with pytest.raises(moepatch.MoePatchError, match="since the patch"):
+        moepatch.restore(model)
