@@ -15,6 +15,7 @@ from .kinds import KINDS
 from .match.experts import takes
 from .parallel.experts import PatchedShardedExperts
 from .planning import match
+from .registry import matchers
 from .scan import Scan
 from .site import Site
 from .surgery import Patched
@@ -54,7 +55,8 @@ def routed_layers(model: nn.Module) -> tuple[Layer, ...]:
     layers = {name: _patched_layer(name, m) for name, m in model.named_modules() if isinstance(m, PatchedExperts)}
     patch = patch_of(model)
     if patch is None:
-        sites, refusals, _ = match(Scan(model))
+        # The dense half is not looked at: it has no tokens to route, and may be sharded by others, who let nobody copy it for a trial.
+        sites, refusals, _ = match(Scan(model), matchers=[m for m in matchers() if m.name not in KINDS or not KINDS[m.name].dense])
     else:
         sites, refusals = [site for pattern in patch.report.plan.patterns for site in pattern.sites], patch.report.plan.refusals
     patched = {id(layer.module) for layer in layers.values()}
