@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .pickling import reduced
 from .reads import Reads
-from .watch import Answered, Change, Watch, watch
+from .watch import HOOKS, Answered, Change, Watch, watch
 
 #: torch.compile knows them all.
 _compiles, _transforms, _tracing_state = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
@@ -267,14 +267,6 @@ def is_as_patched(module: nn.Module) -> bool:
     return watch is None or not (watch.changed_in_graph(module) if _compiles() else watch.changed(module))
 
 
-_HOOKS = {
-    "_forward_hooks": "forward hook",
-    "_forward_pre_hooks": "forward pre-hook",
-    "_backward_hooks": "backward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-}
-
-
 def what_is_hung_on(module: nn.Module, name: str) -> str | None:
     """Words for the first hook, parametrization or forward of its own of a module or one inside it: what is left out where it is not called.
 
@@ -285,7 +277,7 @@ def what_is_hung_on(module: nn.Module, name: str) -> str | None:
         if is_parametrized(inner):
             weight, ((made, *_), *_) = next(iter(inner.parametrizations.keys())), inner.parametrizations.values()
             return f"{path} has a parametrized {weight} ({type(made).__name__})"
-        for attribute, words in _HOOKS.items():
+        for attribute, words in HOOKS.items():
             for hook in vars(inner)[attribute].values():
                 return f"{path} has a {words} ({_name_of(hook)})"
         if "forward" in vars(inner):

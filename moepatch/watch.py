@@ -36,8 +36,13 @@ class Followed:
     """Stands for a value that may change: it says only where other things are."""
 
 
-#: What of a module changes what calling it gives, beside its forward.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: What of a module changes what calling it gives, beside its forward: attributes, and the words for what they hold.
+HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
 #: How transformers' configurations keep which function computes experts.
 EXPERTS_CHOICE = "_experts_implementation_internal"
 #: What every module has.
@@ -473,7 +478,7 @@ def watch(
             entries.append(Entry("child", path, None, name, child if known else Followed))
             if (inside or known) and not isinstance(child, patched):
                 todo.append((below, child))
-                entries += [Entry("hooks", below, None, hooks, None) for hooks in _HOOKS] if known else []
+                entries += [Entry("hooks", below, None, hooks, None) for hooks in HOOKS] if known else []
                 entries += [Entry("attribute", below, None, "forward", Absent)] if known else []
     everywhere = ("class", "global", "registered", "registry")  # the same, whichever part of the module reads it
     once = {(e.kind, None if e.kind in everywhere else e.path, id(e.via) if e.kind in everywhere else e.via, e.name): e for e in reversed(entries)}

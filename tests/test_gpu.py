@@ -126,12 +126,8 @@ def test_a_whole_step_waits_for_nothing(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_a_whole_step_as_a_cuda_graph(name):
-    """Forward, loss and backward captured once and replayed: nothing in them depends on the host."""
-    model, step = _patched(name)
-    loss = step().item()
-    truth = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+def _captured(step):
+    """The CUDA graph of a step, after two on another stream, and what the step returned while it was captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -141,6 +137,16 @@ def test_a_whole_step_as_a_cuda_graph(name):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
+    return graph, captured
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_whole_step_as_a_cuda_graph(name):
+    """Forward, loss and backward captured once and replayed: nothing in them depends on the host."""
+    model, step = _patched(name)
+    loss = step().item()
+    truth = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    graph, captured = _captured(step)
     for p in model.parameters():
         if p.grad is not None:
             p.grad.fill_(float("nan"))
@@ -163,15 +169,7 @@ def test_logits_after_replays_are_those_of_the_last_replay():
         out.loss.backward()
         return out
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = _captured(step)
     for seed in range(3):
         ids.copy_(torch.randint(3, zoo.VOCAB, ids.shape, generator=torch.Generator().manual_seed(seed)))
         graph.replay()

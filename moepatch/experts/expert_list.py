@@ -345,6 +345,7 @@ class StackExperts:
                     part.data = part.data.new_empty(0)
 
     def undo(self) -> None:
+        """Puts the children back, with what the stacked weights have become."""
         for hook in self.hooks:
             hook.remove()
         self.module._modules.update(self.children)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from ..kind import Kind
 from ..quantized import is_plain_linear
@@ -123,7 +122,8 @@ class PatchedLatent(ByRole):
         latent, shared = modules[spec.down](x).split([spec.kv_rank, heads.rope_dim], -1)
         latent = modules[spec.norm](latent)
         latent = latent * spec.kv_scale if spec.kv_scale != 1.0 else latent
-        owned = not torch.compiler.is_compiling() and _makes_its_own(modules[spec.queries[-1]])
+        # What such a projection returns is seen by nobody else, and not kept for its backward pass.
+        owned = not torch.compiler.is_compiling() and is_plain_linear(modules[spec.queries[-1]])
         q, k, v = compute("latent", backend)(q, modules[spec.up](latent), shared, heads, *tables_of(given.tables), owned)
         if cache is not None:
             # The shared key, rotated, lies in the keys of every head. A fresh cache hands back what it is given.
@@ -135,11 +135,6 @@ class PatchedLatent(ByRole):
         if spec.gate is not None:
             y = y * torch.sigmoid(modules[spec.gate](x)).unflatten(-1, (heads.heads, -1))
         return modules[spec.output](y.reshape(*x.shape[:-1], -1)), attention_weights
-
-
-def _makes_its_own(projection: nn.Module) -> bool:
-    """Whether what a projection returns is seen by nobody else, and not kept for its backward pass."""
-    return is_plain_linear(projection) and not torch_module._has_any_global_hook()
 
 
 def _inject(spec: LatentSpec, backend: str, implementation: str | None):
